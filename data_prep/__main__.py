@@ -1,0 +1,140 @@
+"""python -m data_prep: from text files to a data set that run_pretrain.py reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from data_prep import inspect
+from data_prep.build import BuildParameters, build
+from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
+from data_prep.corpus import DocumentPer, find_sources, read_documents
+from data_prep.shards import SPLITS, DataSet, find_faults, read_manifest
+from data_prep.tokenizer import train_tokenizer
+
+EPILOG = """\
+example, in this order:
+  python -m data_prep train-tokenizer --corpus texts/ --tokenizer data/tokenizer.model
+  python -m data_prep build --corpus texts/ --tokenizer data/tokenizer.model --data data/pretrain
+  python -m data_prep inspect --data data/pretrain --sample 0
+  python -m data_prep verify --data data/pretrain
+"""
+
+
+def make_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(prog="python -m data_prep", description=__doc__, epilog=EPILOG)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    defaults = BuildParameters()
+
+    def command(name: str, run: Any, help: str) -> ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run, prog=sub.prog)
+        return sub
+
+    def takes_corpus(sub: ArgumentParser) -> None:
+        sub.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
+                         help=".txt and .jsonl files (one object a line, text under \"text\"), or folders of them")  # fmt: skip
+        sub.add_argument("--document_per", choices=get_args(DocumentPer), default=defaults.document_per,
+                         help="what one document is in a .txt file: the whole file, or what stands between blank lines")  # fmt: skip
+
+    def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
+        sub.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer.model"), help=what)
+
+    def takes_data(sub: ArgumentParser) -> None:
+        sub.add_argument("--data", type=Path, default=Path("data/pretrain"), help="folder of the data set")
+
+    sub = command("train-tokenizer", _train_tokenizer, "Train a SentencePiece tokenizer on a corpus.")
+    takes_corpus(sub)
+    takes_tokenizer(sub, "file to write")
+    sub.add_argument("--vocab_size", type=int, default=30_522, help="entries, special tokens included (default: BERT's)")
+    sub.add_argument("--algorithm", choices=["unigram", "bpe"], default="unigram", help="SentencePiece's model type")
+    sub.add_argument("--cased", action="store_true", help="keep upper case; without it text is lower-cased (nmt_nfkc_cf)")
+
+    sub = command("build", _build, "Tokenize a corpus, cut it into samples, draw their masks, write HDF5 shards.")
+    takes_corpus(sub)
+    takes_tokenizer(sub, "SentencePiece model made by train-tokenizer")
+    takes_data(sub)
+    sub.add_argument("--max_length_tokens", type=int, default=defaults.max_length_tokens,
+                     help="tokens of a sample, [SOS] and both [EOS] included")  # fmt: skip
+    sub.add_argument("--mask_sets", type=int, default=defaults.mask_sets,
+                     help="mask sets drawn for each sample; epoch e of the training uses set e mod K")  # fmt: skip
+    sub.add_argument("--validation_fraction", type=float, default=defaults.validation_fraction,
+                     help="share of the documents held out, chosen by their hash")  # fmt: skip
+    sub.add_argument("--shard_samples", type=int, default=defaults.shard_samples, help="samples a shard, a multiple of 128")
+    sub.add_argument("--seed", type=int, default=defaults.seed, help="key of every random choice")
+    sub.add_argument("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
+
+    sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
+    takes_data(sub)
+    sub.add_argument("--split", choices=SPLITS, default="train", help="where the samples are taken from")
+    sub.add_argument("--sample", type=int, default=0, help="number of the first sample shown")
+    sub.add_argument("--count", type=int, default=3, help="samples shown")
+    sub.add_argument("--mask_set", type=int, default=0, help="which of the K mask sets")
+    sub.add_argument("--json", action="store_true", help="print the summary alone, as JSON")
+
+    sub = command("verify", _verify, "Read every byte of a data set and name what is wrong with it.")
+    takes_data(sub)
+    return parser
+
+
+_bytes_bar = partial(progress_bar, unit="B")
+
+
+def _train_tokenizer(args: Any) -> None:
+    sources = find_sources(args.corpus)
+    with _bytes_bar("read corpus", sum(s.size_bytes for s in sources)) as bar:
+        documents = read_documents(sources, args.document_per, bar.update)
+        lines = (line for document in documents for line in document.lines)
+        tokenizer = train_tokenizer(
+            lines, args.tokenizer, vocab_size=args.vocab_size, algorithm=args.algorithm, cased=args.cased
+        )
+    print(f"{args.tokenizer}: {args.algorithm}, {tokenizer.vocab_size:,} entries")
+
+
+def _build(args: Any) -> None:
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}, expected at least 1")
+    parameters = BuildParameters(**{field.name: getattr(args, field.name) for field in fields(BuildParameters)})
+    made = build(args.corpus, args.tokenizer, args.data, parameters, workers=args.workers, bar=_bytes_bar)
+    if not made:
+        print(f"{args.data}: already made from this corpus, tokenizer and parameters {asdict(parameters)}; nothing to do")
+        return
+    data = DataSet(args.data)
+    print("\n".join(inspect.describe(data)))
+    if not data.num_samples("validation"):
+        print("note: no document fell to validation; with more documents, or a larger --validation_fraction, some will")
+
+
+def _inspect(args: Any) -> None:
+    data = DataSet(args.data)
+    if args.json:
+        print(json.dumps(inspect.summarize(data), indent=1, ensure_ascii=False))
+        return
+    print("\n".join(inspect.describe(data)), end="\n\n")
+    print("\n".join(inspect.show_samples(data, args.split, args.sample, args.count, args.mask_set)))
+
+
+def _verify(args: Any) -> None:
+    shards = [entry for entries in read_manifest(args.data)["splits"].values() for entry in entries]
+    with _bytes_bar("verify", sum(entry["size_bytes"] for entry in shards)) as bar:
+        faults = list(find_faults(args.data, bar.update))
+    for fault in faults:
+        print(f"{args.data}: {fault}")
+    if faults:
+        raise ValueError(f"{args.data}: {len(faults)} fault(s); build the data anew, into an empty folder")
+    print(f"{args.data}: {len(shards)} shards are sound")
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    args = make_parser().parse_args()
+    return run_command(lambda: args.run(args), args.prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

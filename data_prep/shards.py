@@ -1,0 +1,288 @@
+"""The shard format: schema, version, writer, reader. No other file knows it.
+
+A data set is a folder:
+
+    manifest.json            written last; without it there is no data set
+    tokenizer.model          the SentencePiece model the ids belong to
+    train-00000.h5 ...       shards of `shard_samples` samples, the last one of a split shorter
+    validation-00000.h5 ...
+
+A shard holds facts about N samples, never slots or masks of L x L. K = mask sets, P = the most masked tokens of a
+sample, token = uint16 where the vocabulary fits and uint32 where not:
+
+    tokens            token  [N, L]      "[SOS] S1 [EOS] S2 [EOS]", behind it [PAD]
+    length            uint16 [N]         tokens, special ones included
+    segment_boundary  uint16 [N]         where segment B begins
+    num_masked        uint16 [N]
+    masked_positions  uint16 [N, K, P]   in factorization order
+    turns             uint16 [N, K, P]   the factorization step of each, from 1; 0 = unused place
+    shown             token  [N, K, P]   what the context shows there
+
+HDF5 chunks are CHUNK_SAMPLES samples of one mask set, each with a fletcher32 checksum; the file is written in HDF5's
+newest layout, whose metadata carry checksums as well. So a flipped byte is an error when it is read, not another token.
+The manifest holds the SHA-256 of each file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from data_prep.files import read_json, sha256_of_file, write_json, write_whole
+from data_prep.masking import MaskSet, num_masked
+from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
+from data_prep.tokenizer import Tokenizer
+
+FORMAT = "pmlm-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+CHUNK_SAMPLES = 128
+MAX_LENGTH_LIMIT_TOKENS = 2**16 - 1
+_MAX_OPEN_FILES = 32
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+def shard_name(split: Split, index: int) -> str:
+    """`train-00017.h5`."""
+    return f"{split}-{index:05d}.h5"
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_size: int) -> dict[str, Any]:
+    """Write one shard, whole or not at all; returns its entry of the manifest.
+
+    The file is built in memory: what HDF5 would write piece by piece to a full disk is one plain write.
+    """
+    token = token_dtype(vocab_size)
+    stacked = {
+        "masked_positions": (np.uint16, np.stack([m.positions_BP for m in mask_sets], axis=1)),
+        "turns": (np.uint16, np.stack([m.turns_BP for m in mask_sets], axis=1)),
+        "shown": (token, np.stack([m.shown_BP for m in mask_sets], axis=1)),
+    }
+    arrays: dict[str, tuple[type, np.ndarray]] = {
+        "tokens": (token, samples.tokens_BL),
+        "length": (np.uint16, samples.length_B),
+        "segment_boundary": (np.uint16, samples.segment_boundary_B),
+        "num_masked": (np.uint16, mask_sets[0].num_masked_B),
+        **stacked,
+    }
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
+        file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+        for name, (dtype, array) in arrays.items():
+            chunk_rows = min(CHUNK_SAMPLES, len(array))
+            chunks = (chunk_rows, 1, array.shape[2]) if array.ndim == 3 else (chunk_rows, *array.shape[1:])
+            file.create_dataset(name, data=array.astype(dtype), chunks=chunks, fletcher32=True)
+        file.flush()
+        image = file.id.get_file_image()
+    write_whole(path, image)
+    return {
+        "file": path.name,
+        "num_samples": len(samples.tokens_BL),
+        "num_tokens": int(samples.length_B.sum()),
+        "num_masked": int(mask_sets[0].num_masked_B.sum()),
+        "size_bytes": len(image),
+        "sha256": hashlib.sha256(image).hexdigest(),
+    }
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """B stored samples with one mask set each, as they are in the shards (int64). L, P: see the module."""
+
+    tokens_BL: np.ndarray
+    length_B: np.ndarray
+    segment_boundary_B: np.ndarray
+    num_masked_B: np.ndarray
+    positions_BP: np.ndarray
+    turns_BP: np.ndarray
+    shown_BP: np.ndarray
+
+    def __getitem__(self, rows: Any) -> SampleBatch:
+        return SampleBatch(**{name: array[rows] for name, array in vars(self).items()})
+
+
+class DataSet:
+    """A finished data set: its manifest, tokenizer and samples.
+
+    Raises ValueError that names the folder and the cure where there is no data set, or one of another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.parameters: dict[str, Any] = self.manifest["parameters"]
+        self.max_length_tokens: int = self.parameters["max_length_tokens"]
+        self.num_mask_sets: int = self.parameters["mask_sets"]
+        self.tokenizer = Tokenizer(folder / TOKENIZER)
+        if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
+            raise ValueError(
+                f"{folder / TOKENIZER}: not the tokenizer these shards were made with (SHA-256 {self.tokenizer.sha256[:12]}, "
+                f"expected {self.manifest['tokenizer']['sha256'][:12]}); put the right file back or build the data anew"
+            )
+        self._open_files: OrderedDict[Path, h5py.File] = OrderedDict()
+
+    def num_samples(self, split: Split) -> int:
+        """Samples in a split."""
+        return sum(shard["num_samples"] for shard in self.manifest["splits"][split])
+
+    def read_chunk(self, split: Split, chunk: int, mask_set: int) -> SampleBatch:
+        """Samples chunk * CHUNK_SAMPLES .. (the last chunk of a split may be shorter) with one of the mask sets.
+
+        Every shard but the last holds a whole number of chunks, so chunks are numbered through the split.
+        Raises ValueError, naming the file, where a checksum does not hold.
+        """
+        shard, row = divmod(chunk * CHUNK_SAMPLES, self.parameters["shard_samples"])
+        path = self.folder / self.manifest["splits"][split][shard]["file"]
+        rows = slice(row, row + CHUNK_SAMPLES)
+        try:
+            file = self._open(path)
+            stored = {name: file[name][rows] for name in ("tokens", "length", "segment_boundary", "num_masked")}
+            stored |= {name: file[name][rows, mask_set] for name in ("masked_positions", "turns", "shown")}
+        except (OSError, KeyError, RuntimeError) as error:
+            raise ValueError(_damaged(path, error)) from None
+        wide = {name: array.astype(np.int64) for name, array in stored.items()}
+        return SampleBatch(
+            wide["tokens"], wide["length"], wide["segment_boundary"], wide["num_masked"],
+            wide["masked_positions"], wide["turns"], wide["shown"],
+        )  # fmt: skip
+
+    def read_samples(self, split: Split, first: int, stop: int, mask_set: int = 0) -> SampleBatch:
+        """Consecutive samples first .. stop - 1, for looking at them."""
+        chunks = range(first // CHUNK_SAMPLES, -(-stop // CHUNK_SAMPLES))
+        start = chunks.start * CHUNK_SAMPLES
+        return concatenate([self.read_chunk(split, c, mask_set) for c in chunks])[first - start : stop - start]
+
+    def _open(self, path: Path) -> h5py.File:
+        if path in self._open_files:
+            self._open_files.move_to_end(path)
+            return self._open_files[path]
+        if len(self._open_files) >= _MAX_OPEN_FILES:
+            self._open_files.popitem(last=False)[1].close()
+        file = h5py.File(path, "r", locking=False)
+        if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
+            raise ValueError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
+        return self._open_files.setdefault(path, file)
+
+    def close(self) -> None:
+        """Close the open shard files."""
+        while self._open_files:
+            self._open_files.popitem()[1].close()
+
+
+def concatenate(batches: list[SampleBatch]) -> SampleBatch:
+    """The samples of all batches, one behind the other."""
+    return SampleBatch(**{name: np.concatenate([vars(b)[name] for b in batches]) for name in vars(batches[0])})
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    return f"{path}: damaged ({str(error).splitlines()[0]}); `python -m data_prep verify` tells what is wrong, then build it anew"
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where a data set's manifest is."""
+    return folder / MANIFEST
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Declare the data set whole."""
+    write_json(manifest_path(folder), {"format": FORMAT, "version": VERSION, **manifest})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; ValueError where there is none or it is another version's."""
+    path = manifest_path(folder)
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no data set there (no {MANIFEST}). Make one with: python -m data_prep train-tokenizer "
+            f"--corpus TEXTS --tokenizer tokenizer.model && python -m data_prep build --corpus TEXTS "
+            f"--tokenizer tokenizer.model --data {folder}"
+        )
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f'{path}: not the manifest of a data set (expected "format": "{FORMAT}")')
+    if manifest["version"] != VERSION:
+        raise ValueError(f"{path}: format version {manifest['version']}; this code reads version {VERSION}: build the data anew")
+    return manifest
+
+
+def find_faults(folder: Path, advance: Any = lambda num_bytes: None) -> Iterator[str]:
+    """Read every byte of a data set; one line for each thing that is wrong, nothing for a sound one."""
+    manifest = read_manifest(folder)
+    if (found := sha256_of_file(folder / TOKENIZER)) != manifest["tokenizer"]["sha256"]:
+        yield f"{TOKENIZER}: SHA-256 is {found[:12]}, expected {manifest['tokenizer']['sha256'][:12]}"
+        return
+    data = DataSet(folder)
+    for split in SPLITS:
+        for index, entry in enumerate(manifest["splits"][split]):
+            faults = list(_file_faults(folder, entry))
+            if not faults:
+                faults = list(_sample_faults(data, split, index, entry["num_samples"]))
+            yield from (f"{entry['file']}: {fault}" for fault in faults)
+            advance(entry["size_bytes"])
+    data.close()
+
+
+def _file_faults(folder: Path, entry: dict[str, Any]) -> Iterator[str]:
+    path = folder / entry["file"]
+    if not path.is_file():
+        yield "is missing"
+    elif (size := path.stat().st_size) != entry["size_bytes"]:
+        yield f"has {size} bytes, expected {entry['size_bytes']}"
+    elif (found := sha256_of_file(path)) != entry["sha256"]:
+        yield f"is damaged: SHA-256 is {found[:12]}, expected {entry['sha256'][:12]}"
+
+
+def _sample_faults(data: DataSet, split: Split, shard: int, num_samples: int) -> Iterator[str]:
+    """What a right hash cannot tell: whether the samples keep the format's rules."""
+    first = shard * data.parameters["shard_samples"]
+    for mask_set in range(data.num_mask_sets):
+        for chunk in range(first // CHUNK_SAMPLES, -(-(first + num_samples) // CHUNK_SAMPLES)):
+            try:
+                batch = data.read_chunk(split, chunk, mask_set)
+            except ValueError as error:
+                yield str(error)
+                return
+            for rule, holds_B in check_samples(batch, data.tokenizer).items():
+                for row in np.flatnonzero(~holds_B)[:1]:
+                    yield f"sample {chunk * CHUNK_SAMPLES + row}, mask set {mask_set}: {rule} does not hold"
+
+
+def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """The rules of the format, and for each of the B samples whether it keeps them."""
+    rows = np.arange(len(batch.length_B))[:, None]
+    slot_L = np.arange(batch.tokens_BL.shape[1])
+    used_BP = batch.turns_BP > 0
+    is_text_BL = slot_L < batch.length_B[:, None]
+    maskable_B = (is_text_BL & ~np.isin(batch.tokens_BL, tokenizer.special_ids)).sum(axis=1)
+    originals_BP = batch.tokens_BL[rows, batch.positions_BP]
+    times_masked = np.zeros(batch.tokens_BL.shape, dtype=np.int64)
+    np.add.at(times_masked, (np.broadcast_to(rows, used_BP.shape)[used_BP], batch.positions_BP[used_BP]), 1)
+    turn_step_BP = np.diff(batch.turns_BP, axis=1, prepend=0)
+    position_step_BP = np.diff(batch.positions_BP, axis=1, prepend=-2)
+    eos_BL = is_text_BL & (batch.tokens_BL == tokenizer.eos_id)
+    return {
+        "every id is in the vocabulary": (batch.tokens_BL < tokenizer.vocab_size).all(1) & (batch.shown_BP < tokenizer.vocab_size).all(1),
+        "[SOS] first, [EOS] last": (batch.tokens_BL[:, 0] == tokenizer.sos_id)
+        & (batch.tokens_BL[rows[:, 0], batch.length_B - 1] == tokenizer.eos_id),
+        "three special tokens, [EOS] before segment B": (eos_BL.sum(axis=1) == NUM_SPECIAL_TOKENS - 1)
+        & eos_BL[rows[:, 0], batch.segment_boundary_B - 1],
+        "[PAD] behind the text": ((batch.tokens_BL == tokenizer.pad_id) == ~is_text_BL).all(axis=1),
+        "15% are masked": (batch.num_masked_B == num_masked(maskable_B)) & (used_BP.sum(axis=1) == batch.num_masked_B),
+        "no special token is masked": ~(np.isin(originals_BP, tokenizer.special_ids) & used_BP).any(axis=1),
+        "no position is masked twice": (times_masked <= 1).all(axis=1),
+        "turns count up from 1": (~used_BP | (turn_step_BP == 1) | ((turn_step_BP == 0) & (position_step_BP == 1))).all(axis=1),
+    }  # fmt: skip
