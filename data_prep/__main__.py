@@ -7,12 +7,12 @@ import sys
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from data_prep import inspect
 from data_prep.build import BuildParameters, build
-from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
-from data_prep.corpus import DocumentPer, find_sources, read_documents
+from data_prep.console import ArgumentParser, add_flags, available_cores, flag_values, progress_bar, run_command
+from data_prep.corpus import find_sources, read_documents
 from data_prep.shards import SPLITS, DataSet, find_faults, read_manifest
 from data_prep.tokenizer import train_tokenizer
 
@@ -29,8 +29,6 @@ def make_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="python -m data_prep", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    defaults = BuildParameters()
-
     def command(name: str, run: Any, help: str) -> ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run, prog=sub.prog)
@@ -39,8 +37,7 @@ def make_parser() -> ArgumentParser:
     def takes_corpus(sub: ArgumentParser) -> None:
         sub.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
                          help=".txt and .jsonl files (one object a line, text under \"text\"), or folders of them")  # fmt: skip
-        sub.add_argument("--document_per", choices=get_args(DocumentPer), default=defaults.document_per,
-                         help="what one document is in a .txt file: the whole file, or what stands between blank lines")  # fmt: skip
+        add_flags(sub, BuildParameters, only=["document_per"])
 
     def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
         sub.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer.model"), help=what)
@@ -59,14 +56,7 @@ def make_parser() -> ArgumentParser:
     takes_corpus(sub)
     takes_tokenizer(sub, "SentencePiece model made by train-tokenizer")
     takes_data(sub)
-    sub.add_argument("--max_length_tokens", type=int, default=defaults.max_length_tokens,
-                     help="tokens of a sample, [SOS] and both [EOS] included")  # fmt: skip
-    sub.add_argument("--mask_sets", type=int, default=defaults.mask_sets,
-                     help="mask sets drawn for each sample; epoch e of the training uses set e mod K")  # fmt: skip
-    sub.add_argument("--validation_fraction", type=float, default=defaults.validation_fraction,
-                     help="share of the documents held out, chosen by their hash")  # fmt: skip
-    sub.add_argument("--shard_samples", type=int, default=defaults.shard_samples, help="samples a shard, a multiple of 128")
-    sub.add_argument("--seed", type=int, default=defaults.seed, help="key of every random choice")
+    add_flags(sub, BuildParameters, only=[f.name for f in fields(BuildParameters) if f.name != "document_per"])
     sub.add_argument("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
@@ -99,7 +89,7 @@ def _train_tokenizer(args: Any) -> None:
 def _build(args: Any) -> None:
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
-    parameters = BuildParameters(**{field.name: getattr(args, field.name) for field in fields(BuildParameters)})
+    parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
     made = build(args.corpus, args.tokenizer, args.data, parameters, workers=args.workers, bar=_bytes_bar)
     if not made:
         print(f"{args.data}: already made from this corpus, tokenizer and parameters {asdict(parameters)}; nothing to do")

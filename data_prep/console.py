@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import IO, Any
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
@@ -27,7 +32,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def _underscored(word: str) -> str:
@@ -35,6 +41,45 @@ def _underscored(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def add_flags(parser: Any, cls: type, *, only: Iterable[str] | None = None, optional: bool = False) -> None:
+    """A flag for each field of a dataclass: its type, its default, and as help the line under it.
+
+    `optional` leaves out the defaults: a flag that is not given is None.
+    """
+    hints, lines = get_type_hints(cls), _lines_under_fields(cls)
+    for field in dataclasses.fields(cls):
+        if only is not None and field.name not in only:
+            continue
+        is_required = field.default is dataclasses.MISSING and not optional
+        settings: dict[str, Any] = {"required": True} if is_required else {"default": None if optional else field.default}
+        kind = next((t for t in get_args(hints[field.name]) if t is not type(None)), None)
+        kind = hints[field.name] if kind is None or get_origin(hints[field.name]) is Literal else kind
+        if get_origin(kind) is Literal:
+            settings["choices"] = get_args(kind)
+        elif issubclass(kind, Enum):
+            settings |= {"type": kind, "choices": list(kind), "metavar": "{" + ",".join(e.value for e in kind) + "}"}
+        else:
+            settings |= {"type": kind, "metavar": "PATH" if kind not in (int, float) else "N"}
+        if isinstance(settings.get("default"), Enum):
+            settings["default"] = settings["default"].value
+        help_text = lines[field.name].replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=help_text, **settings)
+
+
+def flag_values(args: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The parsed values of the named flags."""
+    return {name: getattr(args, name) for name in names}
+
+
+def _lines_under_fields(cls: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: " ".join(line.value.value.split())
+        for field, line in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+    }
 
 
 def describe_error(error: BaseException) -> str:
@@ -73,14 +118,27 @@ class _PlainLines:
         self._stream.flush()
 
 
-def progress_bar(description: str, total: int, unit: str, *, initial: int = 0, stream: IO[str] | None = None) -> Any:
-    """A bar with rate and time left; one line every 10 s where the stream is not a terminal."""
+def progress_bar(
+    description: str,
+    total: int,
+    unit: str,
+    *,
+    initial: int = 0,
+    stream: IO[str] | None = None,
+    is_shown: bool = True,
+    is_lasting: bool = True,
+) -> Any:
+    """A bar with rate and time left; one line every 10 s where the stream is not a terminal.
+
+    One that is not lasting appears only after 5 s, and goes when it is done.
+    """
     stream = stream or sys.stderr
     is_terminal = stream.isatty()
     return tqdm(
         total=total, initial=initial, desc=description, unit=unit, unit_scale=unit == "B", dynamic_ncols=is_terminal,
-        ncols=None if is_terminal else 100, file=stream if is_terminal else _PlainLines(stream),
-        mininterval=0.2 if is_terminal else 10.0, maxinterval=10.0, smoothing=0.1,
+        ncols=None if is_terminal else 160, file=stream if is_terminal else _PlainLines(stream), disable=not is_shown,
+        mininterval=0.2 if is_terminal else 10.0, maxinterval=10.0, smoothing=0.1, leave=is_lasting,
+        delay=0.0 if is_lasting else 5.0,
     )  # fmt: skip
 
 

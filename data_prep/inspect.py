@@ -51,7 +51,7 @@ def show_samples(data: DataSet, split: Split, first: int, count: int, mask_set: 
     if not 0 <= mask_set < data.num_mask_sets:
         raise ValueError(f"--mask_set {mask_set}: the data set has mask sets 0 to {data.num_mask_sets - 1}")
     yield "In the text: {turn:original>shown}, [M] = the mask. Below it: the turns in the order in which they are predicted."
-    batch = data.read_samples(split, first, stop, mask_set)
+    batch = data.read_samples(split, first, stop, mask_set).as_int64()
     for row in range(stop - first):
         yield ""
         yield f"--- {split} sample {first + row}, {batch.length_B[row]} tokens, {batch.num_masked_B[row]} masked ---"

@@ -101,7 +101,7 @@ def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_si
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """B stored samples with one mask set each, as they are in the shards (int64). L, P: see the module."""
+    """B stored samples with one mask set each, as they are in the shards. L, P: see the module."""
 
     tokens_BL: np.ndarray
     length_B: np.ndarray
@@ -113,6 +113,10 @@ class SampleBatch:
 
     def __getitem__(self, rows: Any) -> SampleBatch:
         return SampleBatch(**{name: array[rows] for name, array in vars(self).items()})
+
+    def as_int64(self) -> SampleBatch:
+        """The same for arithmetic, in which small unsigned integers would wrap."""
+        return SampleBatch(**{name: array.astype(np.int64) for name, array in vars(self).items()})
 
 
 class DataSet:
@@ -154,10 +158,9 @@ class DataSet:
             stored |= {name: file[name][rows, mask_set] for name in ("masked_positions", "turns", "shown")}
         except (OSError, KeyError, RuntimeError) as error:
             raise ValueError(_damaged(path, error)) from None
-        wide = {name: array.astype(np.int64) for name, array in stored.items()}
         return SampleBatch(
-            wide["tokens"], wide["length"], wide["segment_boundary"], wide["num_masked"],
-            wide["masked_positions"], wide["turns"], wide["shown"],
+            stored["tokens"], stored["length"], stored["segment_boundary"], stored["num_masked"],
+            stored["masked_positions"], stored["turns"], stored["shown"],
         )  # fmt: skip
 
     def read_samples(self, split: Split, first: int, stop: int, mask_set: int = 0) -> SampleBatch:
@@ -252,7 +255,7 @@ def _sample_faults(data: DataSet, split: Split, shard: int, num_samples: int) ->
     for mask_set in range(data.num_mask_sets):
         for chunk in range(first // CHUNK_SAMPLES, -(-(first + num_samples) // CHUNK_SAMPLES)):
             try:
-                batch = data.read_chunk(split, chunk, mask_set)
+                batch = data.read_chunk(split, chunk, mask_set).as_int64()
             except ValueError as error:
                 yield str(error)
                 return

@@ -1,0 +1,168 @@
+"""The global order of samples, and each rank's share of a step.
+
+One order for the whole run: a seeded permutation an epoch, in constant memory. Step t takes the next `train_batch_size`
+samples of it, whoever computes them, so the data seen up to a step depends on neither the number of ranks, nor the
+micro batch, nor restarts, and the only state is the number of samples consumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.draws import Decision, draw_words
+from data_prep.shards import CHUNK_SAMPLES, DataSet, SampleBatch, Split, concatenate
+from pretrain.layout import Layout, Objective, pseudo_masked_layout
+
+WINDOW_CHUNKS = 64
+_FEISTEL_ROUNDS = 6
+
+
+class SampleOrder:
+    """A permutation of the samples for each epoch, on two levels.
+
+    Chunks of 128 samples are permuted over the whole data set; the samples of 64 consecutive chunks of that order, a
+    window of 8,192, are shuffled. So disks read in sequence and every chunk is verified once an epoch, and a batch mixes
+    samples of 64 places of the corpus. What is not random: samples of one chunk, neighbours in the corpus, stay
+    within one window. The incomplete last chunk of the data set belongs to the last window.
+    """
+
+    def __init__(self, num_samples: int, seed: int, window_chunks: int = WINDOW_CHUNKS) -> None:
+        self.num_samples = num_samples
+        self._seed = seed
+        self._window_samples = window_chunks * CHUNK_SAMPLES
+        self._window_chunks = window_chunks
+        self._num_whole_chunks = num_samples // CHUNK_SAMPLES
+        self._num_windows = max(1, -(-self._num_whole_chunks // window_chunks))
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def samples(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and sample number of each of the run's places first .. stop - 1, counted from the run's start."""
+        places = np.arange(first, stop)
+        epochs, places_in_epoch = np.divmod(places, self.num_samples)
+        windows = np.minimum(places_in_epoch // self._window_samples, self._num_windows - 1)
+        samples = np.empty_like(places)
+        for epoch, window in sorted(set(zip(epochs.tolist(), windows.tolist(), strict=True))):
+            here = (epochs == epoch) & (windows == window)
+            order = self._window(epoch, window)
+            samples[here] = order[places_in_epoch[here] - window * self._window_samples]
+        return epochs, samples
+
+    def _window(self, epoch: int, window: int) -> np.ndarray:
+        key = (epoch, window)
+        if key not in self._windows:
+            while len(self._windows) >= 2:
+                self._windows.popitem(last=False)
+            self._windows[key] = self._shuffled_window(epoch, window)
+        return self._windows[key]
+
+    def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
+        first = window * self._window_chunks
+        places = range(first, min(first + self._window_chunks, self._num_whole_chunks))
+        chunks = [permuted(place, self._num_whole_chunks, f"{self._seed} {Decision.CHUNK_ORDER} {epoch}") for place in places]
+        starts = np.array(chunks, dtype=np.int64)[:, None] * CHUNK_SAMPLES
+        samples = (starts + np.arange(CHUNK_SAMPLES)).ravel()
+        if window == self._num_windows - 1:
+            samples = np.concatenate([samples, np.arange(self._num_whole_chunks * CHUNK_SAMPLES, self.num_samples)])
+        words = draw_words(self._seed, Decision.ORDER_IN_WINDOW, window, 1, self._window_samples + CHUNK_SAMPLES, epoch)
+        return samples[np.argsort(words[0, : len(samples)], kind="stable")]
+
+
+def permuted(place: int, size: int, key: str) -> int:
+    """The image of `place` under a keyed permutation of range(size), in constant memory.
+
+    A Feistel network over the next power of four; what falls outside the range walks on until it is inside.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    while True:
+        left, right = place >> half_bits, place & half_mask
+        for round_number in range(_FEISTEL_ROUNDS):
+            digest = hashlib.blake2b(f"{key} {round_number} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "big") & half_mask)
+        place = (left << half_bits) | right
+        if place < size:
+            return place
+
+
+class _Chunks:
+    """Chunks read lately: those of two windows, so that a chunk is read and verified once a window."""
+
+    def __init__(self, data: DataSet, split: Split) -> None:
+        self._data, self._split = data, split
+        self._recent: OrderedDict[tuple[int, int], SampleBatch] = OrderedDict()
+
+    def read(self, samples: np.ndarray, mask_sets: np.ndarray) -> SampleBatch:
+        chunks = samples // CHUNK_SAMPLES
+        keys = sorted(set(zip(chunks.tolist(), mask_sets.tolist(), strict=True)))
+        parts, rows = [], []
+        for chunk, mask_set in keys:
+            here = np.flatnonzero((chunks == chunk) & (mask_sets == mask_set))
+            parts.append(self._chunk(chunk, mask_set)[samples[here] - chunk * CHUNK_SAMPLES])
+            rows.append(here)
+        return concatenate(parts)[np.argsort(np.concatenate(rows))]
+
+    def _chunk(self, chunk: int, mask_set: int) -> SampleBatch:
+        key = (chunk, mask_set)
+        if key not in self._recent:
+            while len(self._recent) >= 2 * WINDOW_CHUNKS:
+                self._recent.popitem(last=False)
+            self._recent[key] = self._data.read_chunk(self._split, chunk, mask_set)
+        self._recent.move_to_end(key)
+        return self._recent[key]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each step a rank computes."""
+
+    rank: int
+    world_size: int
+    micro_batch: int
+    """Samples of a micro batch on one rank."""
+    accumulation_steps: int
+    """Micro batches of a step on one rank."""
+
+    @property
+    def train_batch(self) -> int:
+        """Samples of a step on all ranks."""
+        return self.micro_batch * self.accumulation_steps * self.world_size
+
+
+class TrainingBatches:
+    """The micro batches of any step of the run, for one rank."""
+
+    def __init__(self, data: DataSet, objective: Objective, share: Share, seed: int) -> None:
+        """Raises ValueError if the data set has no training samples."""
+        if not data.num_samples("train"):
+            raise ValueError(f"{data.folder}: has no training samples")
+        self._order = SampleOrder(data.num_samples("train"), seed)
+        self._chunks = _Chunks(data, "train")
+        self._num_mask_sets = data.num_mask_sets
+        self._mask_id = data.tokenizer.mask_id
+        self._objective, self._share = objective, share
+
+    def step(self, samples_consumed: int) -> list[Layout]:
+        """The rank's micro batches of the step that begins after `samples_consumed` samples of the run."""
+        layouts = []
+        for micro_step in range(self._share.accumulation_steps):
+            first = samples_consumed + (micro_step * self._share.world_size + self._share.rank) * self._share.micro_batch
+            epochs, samples = self._order.samples(first, first + self._share.micro_batch)
+            batch = self._chunks.read(samples, epochs % self._num_mask_sets)
+            layouts.append(pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id))
+        return layouts
+
+
+def validation_batches(data: DataSet, objective: Objective, share: Share, max_samples: int) -> list[Layout]:
+    """The rank's micro batches of the first `max_samples` validation samples, with mask set 0; may be empty."""
+    num_samples = min(max_samples, data.num_samples("validation"))
+    chunks = _Chunks(data, "validation")
+    layouts = []
+    for first in range(share.rank * share.micro_batch, num_samples, share.world_size * share.micro_batch):
+        samples = np.arange(first, min(first + share.micro_batch, num_samples))
+        batch = chunks.read(samples, np.zeros_like(samples))
+        layouts.append(pseudo_masked_layout(batch, objective, mask_id=data.tokenizer.mask_id))
+    return layouts

@@ -1,0 +1,204 @@
+"""Checkpoints that are whole or do not exist.
+
+    RUN/checkpoints/step00000200/
+        manifest.json       written last: step, samples consumed, what the run is, size and SHA-256 of each file
+        shards/*.pt         DeepSpeed's files, one set of optimizer states a rank
+
+A checkpoint is written as `.tmp-step00000200` and renamed when every rank's files are flushed and hashed. A checkpoint
+is resumed from only if its manifest and every file hold. DeepSpeed's own `latest` file is never written nor read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import describe_error
+from data_prep.files import read_json, sha256_of_file, sync_directory, write_json
+from pretrain.engine import Engine
+
+FORMAT = "pmlm-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+SHARDS = "shards"
+_RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return int(self.manifest["step"])
+
+    @property
+    def samples_consumed(self) -> int:
+        """The place in the global order of samples."""
+        return int(self.manifest["samples_consumed"])
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not.
+
+    Raises ValueError if there are checkpoints and none is whole: to begin anew over them would lose a run.
+    """
+    folders = sorted(checkpoints_folder(run).glob("step*"), reverse=True)
+    passed_over = []
+    for folder in folders:
+        try:
+            return Checkpoint(folder, _checked_manifest(folder)), passed_over
+        except (ValueError, OSError) as error:
+            passed_over.append(f"passed over checkpoint {folder.name}: {describe_error(error)}")
+    if folders:
+        raise ValueError(
+            f"{checkpoints_folder(run)}: none of {len(folders)} checkpoints is whole ({'; '.join(passed_over)}); "
+            "restore one, or begin anew with another --run"
+        )
+    return None, []
+
+
+def _checked_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, every file of which has been read and compared."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(f"{path}: not a manifest of {FORMAT} version {VERSION}")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: is missing")
+        if (size := file.stat().st_size) != expected["size_bytes"]:
+            raise ValueError(f"{file}: has {size} bytes, expected {expected['size_bytes']}")
+        if sha256_of_file(file) != expected["sha256"]:
+            raise ValueError(f"{file}: is damaged (its SHA-256 is not the manifest's)")
+    return manifest
+
+
+class CheckpointStore:
+    """Saves and restores a run's checkpoints; every method is called by all ranks together."""
+
+    def __init__(
+        self, run: Path, engine: Engine, identity: dict[str, Any], keep_last: int, keep_every_steps: int
+    ) -> None:
+        """`identity` is what must be the same for a run to go on: model, objective, data, world size, ..."""
+        self._run, self._engine, self._identity = run, engine, identity
+        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+
+    def resume(self) -> tuple[Checkpoint | None, list[str]]:
+        """Load the newest whole checkpoint, if there is any; also a line for each one passed over.
+
+        Raises ValueError, on all ranks, where none is whole or where it belongs to another kind of run.
+        """
+        found: tuple[Checkpoint | None, list[str]] | str = ""
+        if self._engine.rank == 0:
+            try:
+                found = newest_whole(self._run)
+                self._remove_unfinished()
+                if found[0]:
+                    self._check_identity(found[0])
+            except (ValueError, OSError) as error:
+                found = describe_error(error)
+        found = self._engine.from_rank_0(found)
+        if isinstance(found, str):
+            raise ValueError(found)
+        checkpoint, passed_over = found
+        if checkpoint:
+            self._engine.load_shards(checkpoint.folder, SHARDS)
+        return checkpoint, passed_over
+
+    def _check_identity(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.manifest["identity"]
+        changes = [
+            f"{key} was {saved.get(key)!r} and is now {value!r}"
+            for key, value in self._identity.items()
+            if saved.get(key) != value
+        ]
+        if changes:
+            raise ValueError(
+                f"{checkpoint.folder}: was saved by another kind of run: {'; '.join(changes)}; "
+                "put that back, or begin anew with another --run"
+            )
+
+    def save(self, samples_consumed: int) -> Path:
+        """Save the run as it is now; returns the checkpoint's folder.
+
+        Raises ValueError, on all ranks, where it could not be written; the checkpoints there were are still there.
+        """
+        folder = checkpoints_folder(self._run) / f"step{self._engine.steps:08d}"
+        unfinished = folder.with_name(f".tmp-{folder.name}")
+        if self._engine.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        failure = self._engine.save_shards(unfinished, SHARDS)
+        files: dict[str, Any] = {}
+        if not failure:
+            try:
+                files = dict(self._flush_own_files(unfinished))
+            except OSError as error:
+                failure = describe_error(error)
+        parts = self._engine.gather((failure, files))
+        if self._engine.rank == 0:
+            failure = next((failure for failure, _ in parts if failure), None)
+            if not failure:
+                try:
+                    self._declare_whole(unfinished, folder, samples_consumed, {k: v for _, part in parts for k, v in part.items()})
+                except OSError as error:
+                    failure = describe_error(error)
+        if failure := self._engine.from_rank_0(failure):
+            if self._engine.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            free_bytes = shutil.disk_usage(self._run).free
+            raise ValueError(f"{folder}: could not be saved ({failure}; {free_bytes / 1e6:.0f} MB free); older ones are untouched")
+        return folder
+
+    def _flush_own_files(self, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        for file in sorted(folder.rglob("*")):
+            match = _RANK_IN_NAME.search(file.name)
+            owner = int(match[1]) if match else 0
+            if file.is_file() and owner == self._engine.rank:
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+                size = file.stat().st_size
+                yield file.relative_to(folder).as_posix(), {"size_bytes": size, "sha256": sha256_of_file(file)}
+
+    def _declare_whole(self, unfinished: Path, folder: Path, samples_consumed: int, files: dict[str, Any]) -> None:
+        write_json(unfinished / MANIFEST, {
+            "format": FORMAT, "version": VERSION, "step": self._engine.steps, "samples_consumed": samples_consumed,
+            "identity": self._identity, "files": dict(sorted(files.items())),
+        })  # fmt: skip
+        sync_directory(unfinished / SHARDS)
+        if folder.exists():
+            self._remove(folder)
+        os.rename(unfinished, folder)
+        sync_directory(folder.parent)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        folders = sorted(checkpoints_folder(self._run).glob("step*"))
+        for folder in folders[: -self._keep_last]:
+            step = int(folder.name.removeprefix("step"))
+            if not (self._keep_every_steps and step % self._keep_every_steps == 0):
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        condemned = folder.with_name(f".tmp-{folder.name}-old")  # so that half of it is never taken for a damaged one
+        os.rename(folder, condemned)
+        shutil.rmtree(condemned, ignore_errors=True)
+
+    def _remove_unfinished(self) -> None:
+        for folder in checkpoints_folder(self._run).glob(".tmp-step*"):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,116 @@
+"""A run's settings, from the command line, and everything they name, checked together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import ArgumentParser, add_flags, flag_values
+from data_prep.shards import DataSet
+from pretrain.ds_config import BatchSizes, DeepSpeedConfig
+from pretrain.layout import Objective
+from pretrain.model import ModelSize, PMLMConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the DeepSpeed JSON does not say."""
+
+    deepspeed_config: Path
+    """DeepSpeed JSON: batch sizes, precision, ZeRO, optimizer, learning-rate schedule, clipping, monitors."""
+    data: Path = Path("data/pretrain")
+    """Folder of the data set made by `python -m data_prep build`."""
+    run: Path = Path("runs/pretrain")
+    """Folder of the run: checkpoints, metrics and logs; a run found there is resumed."""
+    model: ModelSize = "base"
+    """Size of the model; the numbers below replace single ones of its."""
+    objective: Objective = Objective.AE_PAR
+    """What is trained: autoencoding, (partially) autoregressive prediction, or both."""
+    max_steps: int | None = None
+    """Stop after this optimizer step, counted from the run's start; by default the schedule's total_num_steps."""
+    seed: int = 0
+    """Of initial weights, sample order and dropout."""
+    log_every_steps: int = 10
+    """Steps between records in RUN/metrics.jsonl and TensorBoard."""
+    validate_every_steps: int = 1000
+    """Steps between validations; also at the start and the end; 0 = never."""
+    validation_samples: int = 2048
+    """Held-out samples used in a validation, at most."""
+    save_every_steps: int = 1000
+    """Steps between checkpoints; also at the end."""
+    keep_last: int = 3
+    """Newest checkpoints kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps divisible by this are kept for good; 0 = none."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "max_steps": 1, "seed": 0, "log_every_steps": 1, "validate_every_steps": 0, "validation_samples": 1,
+            "save_every_steps": 1, "keep_last": 1, "keep_every_steps": 0,
+        }  # fmt: skip
+        faults = [
+            f"{name} is {value}, expected at least {least}"
+            for name, least in at_least.items()
+            if (value := getattr(self, name)) is not None and value < least
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+_MODEL_NUMBERS = tuple(field.name for field in fields(PMLMConfig) if field.name != "vocab_size")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of, found sound and fitting together."""
+
+    config: RunConfig
+    deepspeed: DeepSpeedConfig
+    batch_sizes: BatchSizes
+    data: DataSet
+    model: PMLMConfig
+    total_steps: int
+
+
+def make_parser(prog: str, description: str) -> ArgumentParser:
+    """The command line of run_pretrain.py."""
+    parser = ArgumentParser(prog=prog, description=description)
+    add_flags(parser.add_argument_group("run"), RunConfig)
+    numbers = parser.add_argument_group("model", "single numbers of the model, in place of those of its --model size")
+    add_flags(numbers, PMLMConfig, only=_MODEL_NUMBERS, optional=True)
+    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher, not used")
+    return parser
+
+
+def check_inputs(args: Any, world_size: int) -> Inputs:
+    """Everything that a run needs, or one ValueError that lists all that is wrong."""
+    faults: list[str] = []
+
+    def checked(make: Any) -> Any:
+        try:
+            return make()
+        except (ValueError, OSError) as error:
+            faults.append(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error))
+            return None
+
+    numbers = {name: value for name, value in flag_values(args, _MODEL_NUMBERS).items() if value is not None}
+    config = checked(lambda: RunConfig(**flag_values(args, [field.name for field in fields(RunConfig)])))
+    deepspeed = checked(lambda: DeepSpeedConfig(args.deepspeed_config))
+    sizes = checked(lambda: deepspeed.batch_sizes(world_size)) if deepspeed else None
+    data = checked(lambda: DataSet(args.data))
+    vocab_size = data.tokenizer.vocab_size if data else 1
+    model = checked(lambda: PMLMConfig.of_size(args.model, vocab_size=vocab_size, **numbers))
+    if data and model and model.max_positions < data.max_length_tokens:
+        faults.append(
+            f"{args.data}: samples have up to {data.max_length_tokens} tokens and the model {model.max_positions} positions; "
+            f"pass --max_positions {data.max_length_tokens}"
+        )
+    total_steps = None
+    if deepspeed:
+        total_steps = args.max_steps or deepspeed.total_steps
+        if total_steps is None:
+            faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return Inputs(config, deepspeed, sizes, data, model, total_steps)

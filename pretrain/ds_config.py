@@ -1,0 +1,147 @@
+"""The DeepSpeed JSON: what it must and may say, checked before anything expensive starts. Does not import DeepSpeed.
+
+It alone decides batch sizes, precision, ZeRO, optimizer, learning-rate schedule, clipping and monitors. DeepSpeed
+itself ignores keys it does not know, so a misspelt one would change a run without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import read_json
+
+_ADAM_TYPES = ("adam", "adamw")
+_ANY: frozenset[str] | None = None  # DeepSpeed's own schema of the section refuses unknown keys
+
+_SECTIONS: dict[str, frozenset[str] | None] = {
+    "optimizer": frozenset({"type", "params"}),
+    "optimizer.params": frozenset(
+        {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "bias_correction"}
+    ),
+    "scheduler": frozenset({"type", "params"}),
+    "scheduler.params": frozenset({
+        "warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps", "warmup_min_ratio",
+        "cos_min_ratio",
+    }),
+    "zero_optimization": _ANY, "fp16": _ANY, "bf16": _ANY, "tensorboard": _ANY, "wandb": _ANY, "csv_monitor": _ANY,
+    "comms_logger": _ANY,
+    "flops_profiler": frozenset({"enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"}),
+    "data_types": frozenset({"grad_accum_dtype"}),
+}  # fmt: skip
+_NUMBERS = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "prescale_gradients", "gradient_predivide_factor", "communication_data_type", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+})  # fmt: skip
+_TOP_LEVEL = _NUMBERS | {name for name in _SECTIONS if "." not in name}
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """train_batch = micro_batch x accumulation_steps x ranks."""
+
+    train_batch: int
+    micro_batch: int
+    accumulation_steps: int
+
+
+class DeepSpeedConfig:
+    """A checked DeepSpeed JSON."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError, or ValueError that lists every fault of the file."""
+        if not path.is_file():
+            raise FileNotFoundError(2, "no such DeepSpeed configuration; ds_configs/ has some", str(path))
+        self.path = path
+        self.values: dict[str, Any] = read_json(path)
+        faults = _faults(self.values) if isinstance(self.values, dict) else ["expected a JSON object"]
+        if faults:
+            raise ValueError(f"{path}: {'; '.join(faults)}")
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the learning-rate schedule, where it has an end."""
+        return self.values["scheduler"]["params"].get("total_num_steps")
+
+    @property
+    def precision(self) -> str:
+        """fp16, bf16 or fp32."""
+        enabled = [name for name in ("fp16", "bf16") if self.values.get(name, {}).get("enabled")]
+        return enabled[0] if enabled else "fp32"
+
+    def batch_sizes(self, world_size: int) -> BatchSizes:
+        """The three sizes from the two or three that are given. Raises ValueError where they do not fit the ranks."""
+        train, micro, accumulation = (
+            self.values.get(key)
+            for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        )
+        if train is None:
+            train = micro * (accumulation or 1) * world_size
+        if micro is None:
+            micro = train // ((accumulation or 1) * world_size)
+        if accumulation is None:
+            accumulation = train // (max(1, micro) * world_size)
+        if micro * accumulation * world_size != train:
+            raise ValueError(
+                f"{self.path}: train_batch_size {train} is not train_micro_batch_size_per_gpu {micro} x "
+                f"gradient_accumulation_steps {accumulation} x {world_size} ranks; change one of them or the number of ranks"
+            )
+        return BatchSizes(train, micro, accumulation)
+
+
+def _faults(values: dict[str, Any]) -> list[str]:
+    faults = _unknown_keys("", values, _TOP_LEVEL)
+    for section, known in _SECTIONS.items():
+        content = _section(values, section)
+        if content is None:
+            continue
+        if not isinstance(content, dict):
+            faults.append(f"{section}: expected an object, found {content!r}")
+        elif known is not None:
+            faults += _unknown_keys(f"{section}.", content, known)
+    return faults or [*_batch_faults(values), *_recipe_faults(values)]
+
+
+def _section(values: dict[str, Any], name: str) -> Any:
+    outer, _, inner = name.partition(".")
+    section = values.get(outer)
+    return section.get(inner) if inner and isinstance(section, dict) else None if inner else section
+
+
+def _unknown_keys(prefix: str, content: dict[str, Any], known: frozenset[str]) -> list[str]:
+    faults = []
+    for key in sorted(content.keys() - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        faults.append(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{close[0]}?)" if close else ""))
+    return faults
+
+
+def _batch_faults(values: dict[str, Any]) -> list[str]:
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    faults = [
+        f"{key}: expected a whole number of at least 1, found {values[key]!r}"
+        for key in sizes
+        if key in values and not (type(values[key]) is int and values[key] > 0)
+    ]
+    if not values.keys() & set(sizes[:2]):
+        faults.append(f"{sizes[0]} or {sizes[1]} is missing")
+    return faults
+
+
+def _recipe_faults(values: dict[str, Any]) -> list[str]:
+    faults = []
+    for section in ("optimizer", "scheduler"):
+        content = values.get(section, {})
+        if "type" not in content or not isinstance(content.get("params"), dict):
+            faults.append(f"{section}: expected an object with type and params")
+    if not faults and str(values["optimizer"]["type"]).lower() not in _ADAM_TYPES:
+        faults.append(f"optimizer.type: expected Adam or AdamW, found {values['optimizer']['type']!r}")
+    if all(values.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
+        faults.append("fp16 and bf16 are both enabled; choose one")
+    if "gradient_clipping" not in values:
+        faults.append("gradient_clipping is missing, and DeepSpeed would clip at 1.0; state it (the paper's recipe: 0.0, off)")
+    return faults

@@ -1,0 +1,261 @@
+"""DeepSpeed behind one small class. The only file that imports it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from pydantic import ValidationError
+from torch import distributed, nn
+
+from data_prep.console import available_cores
+from pretrain.ds_config import BatchSizes, DeepSpeedConfig
+from pretrain.layout import Layout
+from pretrain.model import PretrainingLosses
+
+_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+_STALE_LOCK_S = 600.0
+
+
+def init_distributed() -> None:
+    """Join the other ranks as the launcher's environment says; alone where there was no launcher."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    world_size = int(os.environ["WORLD_SIZE"])
+    # DeepSpeed would compile shared-memory collectives, which leak 69 MB of /dev/shm a rank, and give the same bits.
+    local_size = int(os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    if get_accelerator().device_name() == "cpu":
+        if local_size == world_size:  # gloo hangs where the host's name means 127.0.1.1, as on Debian
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, available_cores() // local_size))
+    deepspeed.init_distributed(verbose=False, timeout=_COLLECTIVE_TIMEOUT)
+
+
+def fused_adam_build() -> tuple[bool, Path]:
+    """Whether DeepSpeed's fused Adam is compiled already, and its folder.
+
+    Raises ValueError for the lock of a compilation that was killed: every later one would wait for it for ever.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory("fused_adam", verbose=False))
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > _STALE_LOCK_S:
+        raise ValueError(f"{lock}: left over from a compilation that was killed; delete this file and start again")
+    return (folder / "fused_adam.so").exists(), folder
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: no weight decay on biases, LayerNorm and the relative position bias."""
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and "rel_pos_bias" not in name
+        (decay if is_matrix else no_decay).append(parameter)
+    return [{"params": decay, "name": "decay"}, {"params": no_decay, "name": "no_decay", "weight_decay": 0.0}]
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step, checkpoint, and sums over the ranks.
+
+    Cures two defects of DeepSpeed 0.19, each kept necessary by a test: see `_defer_loss_scale_update` and
+    `_forget_adam_powers`.
+    """
+
+    def __init__(self, model: nn.Module, config: DeepSpeedConfig) -> None:
+        """Raises ValueError for a configuration that DeepSpeed refuses."""
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self.batch_sizes: BatchSizes = config.batch_sizes(self.world_size)
+        values = {**config.values, **_three_sizes(self.batch_sizes)}
+        try:
+            self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
+                model=model, model_parameters=parameter_groups(model), config=values
+            )
+        except ValidationError as error:
+            faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{config.path}: {'; '.join(faults)}") from None
+        self.device = torch.device(get_accelerator().current_device_name())
+        self._is_fp16 = config.precision == "fp16"
+        self._update_loss_scale = _defer_loss_scale_update(self._optimizer)
+        self._group_settings = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in self._optimizer.param_groups
+        ]
+
+    # ---- training
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, in the precision it is trained in."""
+        return self._engine.module  # type: ignore[no-any-return]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, those that fp16 skipped among them."""
+        return int(self._engine.global_steps)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without an update because a gradient overflowed fp16."""
+        return int(self._engine.skipped_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's loss scale; 1 in other precisions."""
+        return float(self._optimizer.cur_scale) if self._is_fp16 else 1.0
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the last step, unscaled, over all ranks; infinite where it overflowed."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def seed_step(self, seed: int) -> None:
+        """Seed dropout for the coming step: a function of seed, step and rank, so nothing has to be saved to resume."""
+        digest = hashlib.blake2b(f"{seed} {self.steps} {self.rank}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def __call__(self, layout: Layout) -> PretrainingLosses:
+        """Forward pass of a micro batch, in the mode (train or eval) that `train` set."""
+        losses: PretrainingLosses = self._engine(layout.to(self.device))
+        return losses
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout on or off."""
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, a micro batch's share of the whole batch's loss.
+
+        DeepSpeed takes the mean over ranks and accumulation steps; here the loss is a sum of shares.
+        """
+        self._engine.backward(loss * (self.world_size * self.batch_sizes.accumulation_steps))
+
+    def step(self) -> None:
+        """End a micro batch; behind the last one of a step, update the weights."""
+        _forget_adam_powers(self._optimizer)
+        self._engine.step()
+        self._update_loss_scale()
+
+    # ---- between ranks
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The values summed over all ranks, elementwise, in fp64 and on the device."""
+        total = values.to(self.device, torch.float64, copy=True)
+        distributed.all_reduce(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    # ---- checkpoints
+
+    def save_shards(self, folder: Path, tag: str) -> str | None:
+        """Write DeepSpeed's sharded files below `folder`/`tag`; returns why this rank's could not be written, or None.
+
+        An exception on one rank inside DeepSpeed would leave the others waiting at its barriers, so none is let out.
+        """
+        writer, failures = self._engine.checkpoint_engine, []
+        write = writer.save
+
+        def guarded(state_dict: Any, path: str) -> None:
+            try:
+                write(state_dict, path)
+            except (OSError, RuntimeError) as error:
+                failures.append(f"{path}: {str(error).splitlines()[0]}")
+
+        writer.save = guarded
+        self._engine._copy_recovery_script = lambda save_path: None  # `export` does what that script is for
+        try:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            del writer.save
+        return failures[0] if failures else None
+
+    def load_shards(self, folder: Path, tag: str) -> None:
+        """Restore weights, optimizer, loss scale and schedule; the DeepSpeed JSON, not the checkpoint, keeps deciding
+        learning rate and weight decay. Raises ValueError where DeepSpeed could not load."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"{folder / tag}: DeepSpeed could not load this checkpoint")
+        for group, settings, lr in zip(
+            self._optimizer.param_groups, self._group_settings, self._scheduler.get_lr(), strict=True
+        ):
+            group.update(settings, lr=lr)
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self._engine.destroy()
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a sharded checkpoint, by name."""
+    weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+    return weights
+
+
+def _three_sizes(sizes: BatchSizes) -> dict[str, int]:
+    return {
+        "train_batch_size": sizes.train_batch,
+        "train_micro_batch_size_per_gpu": sizes.micro_batch,
+        "gradient_accumulation_steps": sizes.accumulation_steps,
+    }
+
+
+def _defer_loss_scale_update(optimizer: Any) -> Callable[[], None]:
+    """Keep DeepSpeed from unscaling a step's gradient with the next step's loss scale.
+
+    Its ZeRO optimizers update the scale before they unscale, so on a step on which the scale doubles the gradient is
+    halved (DeepSpeed issue 2686). Returns what applies the update, to be called after the step.
+    """
+    pending: deque[bool] = deque()
+    update = optimizer._update_scale
+    optimizer._update_scale = pending.append
+
+    def apply() -> None:
+        while pending:
+            update(pending.popleft())
+
+    return apply
+
+
+def _forget_adam_powers(optimizer: Any) -> None:
+    """Make the CPU FusedAdam compute beta**step afresh each step.
+
+    It multiplies its running powers of beta instead, whose rounding a resumed process, starting with pow(), does not
+    repeat. An update with another step number, of one zero and at learning rate 0, makes it forget them.
+    """
+    adam = optimizer.optimizer
+    if isinstance(adam, FusedAdam) and get_accelerator().device_name() == "cpu":
+        nothing = [[torch.zeros(1)] for _ in range(4)]
+        beta1, beta2 = adam.param_groups[0]["betas"]
+        adam.multi_tensor_adam(
+            2048 * 32, adam._dummy_overflow_buf, nothing, 0.0, beta1, beta2, 1.0, 2**30, adam.adam_w_mode, 1, 0.0
+        )

@@ -1,0 +1,44 @@
+"""Where a rank's output goes: progress to the console, everything else to RUN/logs/rank_00000.log."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import IO
+
+_REPORT_TIME_S = 5.0
+
+
+def redirect_output(run: Path, rank: int) -> tuple[IO[str], Path]:
+    """Send stdout and stderr, DeepSpeed's and compilers' included, to the rank's log; returns the console and the log.
+
+    Done on the level of file descriptors, so what libraries and child processes write goes there too.
+    """
+    log = run / "logs" / f"rank_{rank:05d}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+    with open(log, "a") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    print(f"\n--- started {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()} ---", flush=True)
+    faulthandler.enable()
+    return console, log
+
+
+def report_crash(error: Exception, console: IO[str], log: Path, rank: int) -> None:
+    """The traceback to the log, one line to the console."""
+    traceback.print_exc()
+    reason = next(iter(str(error).splitlines()), "")
+    print(f"rank {rank}: {type(error).__name__}: {reason} (traceback: {log})", file=console, flush=True)
+
+
+def wait_for_the_first_rank_to_report(rank: int) -> None:
+    """Most errors meet every rank; the launcher ends all at the first exit, so rank 0 is given time to speak first."""
+    if rank != 0:
+        time.sleep(_REPORT_TIME_S)

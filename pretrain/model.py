@@ -1,0 +1,286 @@
+"""The PMLM: a post-LayerNorm BERT with T5's relative position bias over a layout's slots.
+
+Modules are named as in the released UniLMv2 checkpoints, so their tensors load by name. The model knows no trainer.
+
+Shapes: B samples, S slots, H hidden size, T predictions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pretrain.attention import AttentionRule, RelativePositionBias, attend, attention_rule
+from pretrain.layout import Layout
+
+ModelSize = Literal["tiny", "small", "base", "large"]
+_SIZES: dict[ModelSize, dict[str, int]] = {
+    "tiny": {"num_layers": 2, "hidden_size": 128, "num_heads": 2, "intermediate_size": 512},
+    "small": {"num_layers": 6, "hidden_size": 384, "num_heads": 6, "intermediate_size": 1536},
+    "base": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "intermediate_size": 3072},
+    "large": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096},
+}
+
+
+@dataclass(frozen=True)
+class PMLMConfig:
+    """The numbers of a model; the defaults are base."""
+
+    vocab_size: int
+    """Entries of the vocabulary, special tokens included; taken from the data."""
+    num_layers: int = 12
+    """Transformer layers."""
+    hidden_size: int = 768
+    """Width of a slot's vector."""
+    num_heads: int = 12
+    """Attention heads; they share the hidden size."""
+    intermediate_size: int = 3072
+    """Width inside a feed-forward block."""
+    max_positions: int = 512
+    """Entries of the position table: the longest text."""
+    dropout: float = 0.1
+    """Dropout on hidden vectors and attention probabilities."""
+    relative_buckets: int = 32
+    """Buckets of the relative position bias; 0 = no such bias."""
+    relative_max_distance: int = 128
+    """Distance from which on all positions share a bucket."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        counts = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions")
+        faults = [f"{name} is {getattr(self, name)}, expected at least 1" for name in counts if getattr(self, name) < 1]
+        if not faults and self.hidden_size % self.num_heads:
+            faults.append(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout is {self.dropout}, expected 0 or more and less than 1")
+        if self.relative_buckets and (self.relative_buckets < 4 or self.relative_buckets % 4):
+            faults.append(f"relative_buckets is {self.relative_buckets}, expected a multiple of 4, or 0 for no bias")
+        elif self.relative_buckets and self.relative_max_distance <= self.relative_buckets // 4:
+            faults.append(
+                f"relative_max_distance is {self.relative_max_distance}, expected more than a quarter of relative_buckets"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @classmethod
+    def of_size(cls, size: ModelSize, **numbers: Any) -> PMLMConfig:
+        """The configuration of a named size, any number of it replaced."""
+        if size not in get_args(ModelSize):
+            raise ValueError(f"no model size {size!r}; expected one of {', '.join(get_args(ModelSize))}")
+        return cls(**{**_SIZES[size], **numbers})
+
+
+class PretrainingLosses(NamedTuple):
+    """Sums over the T predicted tokens (not means: the trainer knows how many there are in the whole batch)."""
+
+    ae_sum: torch.Tensor
+    par_sum: torch.Tensor
+    ae_correct: torch.Tensor
+    par_correct: torch.Tensor
+
+
+class PMLM(nn.Module):
+    """A pseudo-masked language model."""
+
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = _Bert(config)
+        self.cls = _Heads(config, self.bert.embeddings.word_embeddings.weight)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding, RelativePositionBias)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def encode(self, layout: Layout) -> torch.Tensor:
+        """The last layer's vectors of all slots, [B, S, H]."""
+        hidden_BSH: torch.Tensor = self.bert(layout)
+        return hidden_BSH
+
+    def predict(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Logits over the vocabulary, [T, V]."""
+        logits_TV: torch.Tensor = self.cls.predictions(hidden_TH)
+        return logits_TV
+
+    def forward(self, layout: Layout) -> PretrainingLosses:
+        """Cross-entropy of the layout's targets, AE and PAR; the head runs on the predicted slots alone."""
+        hidden = self.encode(layout).flatten(0, 1)
+        slots = [s for s in (layout.ae_slots_T, layout.par_slots_T) if s is not None]
+        logits = self.predict(hidden.index_select(0, torch.cat(slots))).float()
+        targets = layout.targets_T.repeat(len(slots))
+        losses = F.cross_entropy(logits, targets, reduction="none").split(layout.num_targets)
+        correct = (logits.argmax(dim=-1) == targets).split(layout.num_targets)
+        zero = logits.new_zeros(())
+        has_ae, has_par = layout.ae_slots_T is not None, layout.par_slots_T is not None
+        return PretrainingLosses(
+            ae_sum=losses[0].sum() if has_ae else zero,
+            par_sum=losses[-1].sum() if has_par else zero,
+            ae_correct=correct[0].sum() if has_ae else zero,
+            par_correct=correct[-1].sum() if has_par else zero,
+        )
+
+
+def layer_norm(size: int) -> nn.Module:
+    """LayerNorm with BERT's eps; NVIDIA apex's fused one where a real apex with CUDA is installed."""
+    if torch.cuda.is_available() and nvidia_apex_folder() is not None:
+        from apex.normalization import FusedLayerNorm  # type: ignore[import-not-found]
+
+        return FusedLayerNorm(size, eps=1e-12)  # type: ignore[no-any-return]
+    return nn.LayerNorm(size, eps=1e-12)
+
+
+def nvidia_apex_folder() -> Path | None:
+    """Where NVIDIA's apex with its fused LayerNorm is installed.
+
+    The name on PyPI belongs to an unrelated package, so apex is recognised by what it contains, without importing it.
+    """
+    spec = importlib.util.find_spec("apex")
+    has_kernel = importlib.util.find_spec("fused_layer_norm_cuda") is not None
+    for folder in (spec.submodule_search_locations or []) if spec and has_kernel else []:
+        if (Path(folder) / "normalization" / "fused_layer_norm.py").is_file():
+            return Path(folder)
+    return None
+
+
+# Below, the modules' and parameters' names are those of the released checkpoints.
+
+
+class _Bert(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+
+    def forward(self, layout: Layout) -> torch.Tensor:
+        return self.encoder(self.embeddings(layout), layout)  # type: ignore[no-any-return]
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(2, config.hidden_size)
+        self.LayerNorm = layer_norm(config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, layout: Layout) -> torch.Tensor:
+        vectors = (
+            self.word_embeddings(layout.ids_BS)
+            + self.position_embeddings(layout.positions_BS)
+            + self.token_type_embeddings(layout.segments_BS)
+        )
+        return self.dropout(self.LayerNorm(vectors))  # type: ignore[no-any-return]
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.rel_pos_bias = (
+            RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance)
+            if config.relative_buckets
+            else None
+        )
+
+    def forward(self, hidden_BSH: torch.Tensor, layout: Layout) -> torch.Tensor:
+        rule = attention_rule(layout, self.rel_pos_bias)
+        for layer in self.layer:
+            hidden_BSH = layer(hidden_BSH, rule)
+        return hidden_BSH
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.attention = _Attention(config)
+        self.intermediate = _Dense(config.hidden_size, config.intermediate_size)
+        self.output = _AddAndNorm(config.intermediate_size, config)
+
+    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+        attended_BSH = self.attention(hidden_BSH, rule)
+        return self.output(F.gelu(self.intermediate.dense(attended_BSH)), attended_BSH)  # type: ignore[no-any-return]
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.self = _SelfAttention(config)
+        self.output = _AddAndNorm(config.hidden_size, config)
+
+    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+        return self.output(self.self(hidden_BSH, rule), hidden_BSH)  # type: ignore[no-any-return]
+
+
+class _SelfAttention(nn.Module):
+    """One product for queries, keys and values; keys have no bias, which the softmax would cancel."""
+
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.qkv_linear = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(hidden_BSH, self.qkv_linear.weight, bias)
+        queries, keys, values = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-2, -3).unbind(0)
+        attended_BHSD = attend(queries, keys, values, rule, self.dropout if self.training else 0.0)
+        return attended_BHSD.transpose(1, 2).flatten(2)
+
+
+class _Dense(nn.Module):
+    def __init__(self, size_in: int, size_out: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size_in, size_out)
+
+
+class _AddAndNorm(_Dense):
+    """Dense layer, dropout, residual, LayerNorm."""
+
+    def __init__(self, size_in: int, config: PMLMConfig) -> None:
+        super().__init__(size_in, config.hidden_size)
+        self.LayerNorm = layer_norm(config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, vectors: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(vectors)) + residual)  # type: ignore[no-any-return]
+
+
+class _Heads(nn.Module):
+    def __init__(self, config: PMLMConfig, word_embeddings: nn.Parameter) -> None:
+        super().__init__()
+        self.predictions = _PredictionHead(config, word_embeddings)
+
+
+class _PredictionHead(nn.Module):
+    def __init__(self, config: PMLMConfig, word_embeddings: nn.Parameter) -> None:
+        super().__init__()
+        self.transform = _Transform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder.weight = word_embeddings
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.transform(hidden_TH), self.decoder.weight, self.bias)
+
+
+class _Transform(_Dense):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__(config.hidden_size, config.hidden_size)
+        self.LayerNorm = layer_norm(config.hidden_size)
+
+    def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(F.gelu(self.dense(hidden_TH)))  # type: ignore[no-any-return]

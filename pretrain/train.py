@@ -1,0 +1,213 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+
+from data_prep.console import progress_bar
+from data_prep.files import sha256_of_file
+from data_prep.shards import manifest_path
+from pretrain.batches import Share, TrainingBatches, validation_batches
+from pretrain.checkpoint import CheckpointStore
+from pretrain.config import Inputs
+from pretrain.engine import Engine, fused_adam_build, init_distributed
+from pretrain.layout import Layout
+from pretrain.metrics import Metrics
+from pretrain.model import PMLM, PretrainingLosses
+from pretrain.report import summary
+
+
+def train(inputs: Inputs, console: IO[str]) -> None:
+    """Train, or take up again, the run that `inputs` describes; rank 0 reports to `console`.
+
+    Raises ValueError, on one rank or on all, for what the user can cure.
+    """
+    init_distributed()
+    trainer = Trainer(inputs, console)
+    trainer.run()
+    trainer.close()
+
+
+class Trainer:
+    """A run: its engine, its place in the data, and what it writes about itself."""
+
+    def __init__(self, inputs: Inputs, console: IO[str]) -> None:
+        self._inputs, self._config, self._console = inputs, inputs.config, console
+        torch.manual_seed(self._config.seed)
+        model = PMLM(inputs.model)
+        is_built, _ = fused_adam_build()
+        if not is_built and torch.distributed.get_rank() == 0:
+            print("compiling DeepSpeed's fused Adam: about a minute, once on this machine", file=console, flush=True)
+        self._engine = Engine(model, inputs.deepspeed)
+        self._is_main = self._engine.rank == 0
+        identity = run_identity(inputs, self._engine.world_size)
+        self._store = CheckpointStore(
+            self._config.run, self._engine, identity, self._config.keep_last, self._config.keep_every_steps
+        )
+        checkpoint, passed_over = self._store.resume()
+        self._samples_consumed = checkpoint.samples_consumed if checkpoint else 0
+        self._saved_step = self._engine.steps if checkpoint else -1
+        self._share = Share(
+            self._engine.rank, self._engine.world_size, inputs.batch_sizes.micro_batch, inputs.batch_sizes.accumulation_steps
+        )
+        self._batches = TrainingBatches(inputs.data, self._config.objective, self._share, self._config.seed)
+        self._metrics = Metrics(self._config.run, self._engine.steps) if self._is_main else None
+        self._report_start(model, passed_over, checkpoint is not None)
+
+    def _report_start(self, model: PMLM, passed_over: list[str], is_resumed: bool) -> None:
+        for line in passed_over:
+            self._say(line)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        sizes = self._inputs.batch_sizes
+        self._say(
+            f"{self._config.objective.value} on {self._config.data}: {num_parameters / 1e6:.1f}M parameters, "
+            f"{self._inputs.deepspeed.precision}, batch {sizes.train_batch} = {sizes.micro_batch} x "
+            f"{sizes.accumulation_steps} x {self._engine.world_size} ranks"
+        )
+        if is_resumed:
+            self._say(f"resumed from step {self._engine.steps} of {self._inputs.total_steps}")
+        self._record("start", {
+            "resumed": is_resumed, "world_size": self._engine.world_size, "num_parameters": num_parameters,
+            "samples_consumed": self._samples_consumed,
+        })  # fmt: skip
+
+    def run(self) -> None:
+        """Train to the last step, validating, logging and saving on the way."""
+        total = self._inputs.total_steps
+        if self._engine.steps >= total:
+            self._say(f"nothing left to train: step {self._engine.steps} of {total} is done")
+            return
+        if self._engine.steps == 0:
+            self._validate()
+        step_time_s, num_tokens = 0.0, 0
+        with progress_bar(
+            "train", total, "step", initial=self._engine.steps, stream=self._console, is_shown=self._is_main
+        ) as bar:
+            while self._engine.steps < total:
+                started = time.perf_counter()
+                learning_rate = self._engine.learning_rate
+                micro_batches = self._batches.step(self._samples_consumed)
+                sums = self._train_step(micro_batches)
+                self._samples_consumed += self._share.train_batch
+                step = self._engine.steps
+                num_tokens += sum(layout.num_tokens for layout in micro_batches)
+                is_last = step >= total
+                is_logged = step % self._config.log_every_steps == 0 or is_last
+                values = self._means(sums) if is_logged else {}
+                step_time_s += time.perf_counter() - started
+                bar.update()
+                if is_logged:
+                    tokens = float(self._engine.sum_over_ranks(torch.tensor([num_tokens])))
+                    self._record("train", values | self._step_values(learning_rate) | {
+                        "tokens_per_s": round(tokens / step_time_s, 1)
+                    })  # fmt: skip
+                    bar.set_postfix_str(_short(values))
+                    step_time_s, num_tokens = 0.0, 0
+                if self._is_due(self._config.validate_every_steps, is_last):
+                    self._validate()
+                if self._is_due(self._config.save_every_steps, is_last):
+                    self._save()
+
+    def close(self) -> None:
+        """Report what the run came to, and leave the other ranks."""
+        self._inputs.data.close()
+        if self._metrics:
+            self._metrics.close()
+            self._say(summary(self._config.run))
+        self._engine.close()
+
+    def _train_step(self, micro_batches: list[Layout]) -> torch.Tensor:
+        """One optimizer step; returns the sums over all ranks that `_means` takes."""
+        self._engine.train(True)
+        self._engine.seed_step(self._config.seed)
+        num_targets = self._engine.sum_over_ranks(torch.tensor([sum(m.num_targets for m in micro_batches)]))
+        sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)
+        for layout in micro_batches:
+            losses = self._engine(layout)
+            self._engine.backward((losses.ae_sum + losses.par_sum) / num_targets[0])
+            self._engine.step()
+            sums += _stacked(losses)
+        return torch.cat([sums, num_targets / self._engine.world_size])
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        if not self._inputs.data.num_samples("validation") or not self._config.validate_every_steps:
+            return
+        self._engine.train(False)
+        batches = validation_batches(
+            self._inputs.data, self._config.objective, self._share, self._config.validation_samples
+        )
+        sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
+        with progress_bar(
+            "validate", len(batches), "batch", stream=self._console, is_shown=self._is_main, is_lasting=False
+        ) as bar:
+            for layout in batches:
+                sums[:4] += _stacked(self._engine(layout))
+                sums[4] += layout.num_targets
+                bar.update()
+        values = self._means(sums)
+        self._record("validation", values)
+        self._say(f"validation at step {self._engine.steps}: {_short(values)}")
+
+    def _save(self) -> None:
+        if self._saved_step == self._engine.steps:
+            return
+        self._store.save(self._samples_consumed)
+        self._saved_step = self._engine.steps
+
+    def _is_due(self, every_steps: int, is_last: bool) -> bool:
+        return is_last or (every_steps > 0 and self._engine.steps % every_steps == 0)
+
+    def _means(self, sums: torch.Tensor) -> dict[str, float]:
+        """Losses and accuracies per target, over all ranks."""
+        ae_sum, par_sum, ae_correct, par_correct, num_targets = self._engine.sum_over_ranks(sums).tolist()
+        values: dict[str, float] = {}
+        objective = self._config.objective
+        if objective.has_ae:
+            values |= {"ae_loss": ae_sum / num_targets, "ae_accuracy": ae_correct / num_targets}
+        if objective.has_par:
+            values |= {"par_loss": par_sum / num_targets, "par_accuracy": par_correct / num_targets}
+        return values
+
+    def _step_values(self, learning_rate: float) -> dict[str, Any]:
+        return {
+            "learning_rate": learning_rate, "gradient_norm": self._engine.gradient_norm,
+            "loss_scale": self._engine.loss_scale, "skipped_steps": self._engine.skipped_steps,
+            "samples_consumed": self._samples_consumed,
+        }  # fmt: skip
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        if self._metrics:
+            self._metrics.record(kind, self._engine.steps, values)
+
+    def _say(self, text: str) -> None:
+        if self._is_main:
+            tqdm.write(text, file=self._console)
+            self._console.flush()
+
+
+def run_identity(inputs: Inputs, world_size: int) -> dict[str, Any]:
+    """What must not change when a run is taken up again."""
+    return {
+        "model": asdict(inputs.model),
+        "objective": inputs.config.objective.value,
+        "seed": inputs.config.seed,
+        "data_sha256": sha256_of_file(manifest_path(inputs.data.folder)),
+        "tokenizer_sha256": inputs.data.tokenizer.sha256,
+        "precision": inputs.deepspeed.precision,
+        "zero_stage": inputs.deepspeed.values.get("zero_optimization", {}).get("stage", 0),
+        "world_size": world_size,
+    }
+
+
+def _stacked(losses: PretrainingLosses) -> torch.Tensor:
+    return torch.stack([value.detach().double() for value in losses])
+
+
+def _short(values: dict[str, float]) -> str:
+    return " ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in values.items())

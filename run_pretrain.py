@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Pre-train a PMLM on a data set made by `python -m data_prep`.
+
+Started once a rank, by DeepSpeed's launcher:
+  deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json
+  deepspeed --num_accelerators 2 run_pretrain.py --deepspeed_config ds_configs/zero2_local.json --model tiny
+Started again with the same flags, it goes on where the newest whole checkpoint in --run ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from data_prep.console import USER_ERROR_STATUS, describe_error
+from pretrain.config import check_inputs, make_parser
+from pretrain.logs import redirect_output, report_crash, wait_for_the_first_rank_to_report
+
+
+def main() -> int:
+    """Entry point of one rank; returns its exit status."""
+    args = make_parser("run_pretrain.py", __doc__ or "").parse_args()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    console = sys.stderr
+    try:
+        inputs = check_inputs(args, world_size)
+        console, log = redirect_output(inputs.config.run, rank)
+        from pretrain.train import train  # here, so that what is wrong is said before the seconds this import takes
+
+        train(inputs, console)
+    except (ValueError, OSError) as error:
+        wait_for_the_first_rank_to_report(rank)
+        print(f"run_pretrain.py: error: {describe_error(error)}", file=console, flush=True)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        report_crash(error, console, log, rank)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a rank whose peers are gone could wait for them in its destructors
