@@ -29,6 +29,7 @@ def make_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="python -m data_prep", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
     def command(name: str, run: Any, help: str) -> ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run, prog=sub.prog)
@@ -48,9 +49,13 @@ def make_parser() -> ArgumentParser:
     sub = command("train-tokenizer", _train_tokenizer, "Train a SentencePiece tokenizer on a corpus.")
     takes_corpus(sub)
     takes_tokenizer(sub, "file to write")
-    sub.add_argument("--vocab_size", type=int, default=30_522, help="entries, special tokens included (default: BERT's)")
+    sub.add_argument(
+        "--vocab_size", type=int, default=30_522, help="entries, special tokens included (default: BERT's)"
+    )
     sub.add_argument("--algorithm", choices=["unigram", "bpe"], default="unigram", help="SentencePiece's model type")
-    sub.add_argument("--cased", action="store_true", help="keep upper case; without it text is lower-cased (nmt_nfkc_cf)")
+    sub.add_argument(
+        "--cased", action="store_true", help="keep upper case; without it text is lower-cased (nmt_nfkc_cf)"
+    )
 
     sub = command("build", _build, "Tokenize a corpus, cut it into samples, draw their masks, write HDF5 shards.")
     takes_corpus(sub)
@@ -92,7 +97,9 @@ def _build(args: Any) -> None:
     parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
     made = build(args.corpus, args.tokenizer, args.data, parameters, workers=args.workers, bar=_bytes_bar)
     if not made:
-        print(f"{args.data}: already made from this corpus, tokenizer and parameters {asdict(parameters)}; nothing to do")
+        print(
+            f"{args.data}: already made from this corpus, tokenizer and parameters {asdict(parameters)}; nothing to do"
+        )
         return
     data = DataSet(args.data)
     print("\n".join(inspect.describe(data)))

@@ -16,13 +16,27 @@ import numpy as np
 from data_prep.corpus import Document, DocumentPer, describe_sources, find_sources, read_documents
 from data_prep.files import write_whole
 from data_prep.masking import (
-    BLOCK_PROBABILITY, MASK_PERCENT, MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS, SHOW_MASK_PROBABILITY,
-    SHOW_RANDOM_PROBABILITY, draw_mask_set, max_masked,
+    BLOCK_PROBABILITY,
+    MASK_PERCENT,
+    MAX_BLOCK_TOKENS,
+    MIN_BLOCK_TOKENS,
+    SHOW_MASK_PROBABILITY,
+    SHOW_RANDOM_PROBABILITY,
+    draw_mask_set,
+    max_masked,
 )  # fmt: skip
 from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS, assemble, cut_into_texts
 from data_prep.shards import (
-    CHUNK_SAMPLES, MAX_LENGTH_LIMIT_TOKENS, SPLITS, TOKENIZER, Split, manifest_path, read_manifest, shard_name,
-    write_manifest, write_shard,
+    CHUNK_SAMPLES,
+    MAX_LENGTH_LIMIT_TOKENS,
+    SPLITS,
+    TOKENIZER,
+    Split,
+    manifest_path,
+    read_manifest,
+    shard_name,
+    write_manifest,
+    write_shard,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer
 
@@ -51,7 +65,9 @@ class BuildParameters:
         faults = []
         shortest = MIN_DOCUMENT_TOKENS + NUM_SPECIAL_TOKENS
         if not shortest <= self.max_length_tokens <= MAX_LENGTH_LIMIT_TOKENS:
-            faults.append(f"max_length_tokens is {self.max_length_tokens}, expected {shortest} to {MAX_LENGTH_LIMIT_TOKENS}")
+            faults.append(
+                f"max_length_tokens is {self.max_length_tokens}, expected {shortest} to {MAX_LENGTH_LIMIT_TOKENS}"
+            )
         if self.mask_sets < 1:
             faults.append(f"mask_sets is {self.mask_sets}, expected at least 1")
         if not 0 <= self.validation_fraction < 1:
@@ -99,7 +115,10 @@ def build(
     total_bytes = sum(s.size_bytes for s in sources)
     counts: Counter[str] = Counter()
     splits: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    with bar("tokenize and mask", total_bytes) as progress, _Workers(workers, tokenizer_path, folder, parameters) as pool:
+    with (
+        bar("tokenize and mask", total_bytes) as progress,
+        _Workers(workers, tokenizer_path, folder, parameters) as pool,
+    ):
         documents = read_documents(sources, parameters.document_per, progress.update)
         for split, entry in _write_shards(pool, _tokenize(pool, documents, counts), parameters):
             splits[split].append(entry)
@@ -143,7 +162,9 @@ class _Workers:
     """A process pool whose results come in the order of the tasks, with a bounded number of tasks under way."""
 
     def __init__(self, num_workers: int, *settings: Any) -> None:
-        self._pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_set_up_worker, initargs=settings)
+        self._pool = ProcessPoolExecutor(
+            num_workers, get_context("spawn"), initializer=_set_up_worker, initargs=settings
+        )
         self._max_pending = 2 * num_workers
 
     def __enter__(self) -> _Workers:
@@ -162,7 +183,9 @@ class _Workers:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise ValueError("a worker process was killed, for example for want of memory; try fewer --workers") from None
+            raise ValueError(
+                "a worker process was killed, for example for want of memory; try fewer --workers"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -251,4 +274,3 @@ def _write_one_shard(split: Split, index: int, texts: list[np.ndarray]) -> tuple
         for mask_set in range(parameters.mask_sets)
     ]  # fmt: skip
     return split, write_shard(_worker.folder / shard_name(split, index), samples, mask_sets, tokenizer.vocab_size)
-

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from itertools import pairwise
 from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
@@ -26,7 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_underscored(word) for word in words], namespace)
 
@@ -53,7 +54,9 @@ def add_flags(parser: Any, cls: type, *, only: Iterable[str] | None = None, opti
         if only is not None and field.name not in only:
             continue
         is_required = field.default is dataclasses.MISSING and not optional
-        settings: dict[str, Any] = {"required": True} if is_required else {"default": None if optional else field.default}
+        settings: dict[str, Any] = (
+            {"required": True} if is_required else {"default": None if optional else field.default}
+        )
         kind = next((t for t in get_args(hints[field.name]) if t is not type(None)), None)
         kind = hints[field.name] if kind is None or get_origin(hints[field.name]) is Literal else kind
         if get_origin(kind) is Literal:
@@ -76,8 +79,8 @@ def flag_values(args: Any, names: Iterable[str]) -> dict[str, Any]:
 def _lines_under_fields(cls: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     return {
-        field.target.id: " ".join(line.value.value.split())
-        for field, line in zip(body, body[1:], strict=False)
+        ast.unparse(field.target): " ".join(str(line.value.value).split())
+        for field, line in pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
     }
 

@@ -66,7 +66,9 @@ def describe_sources(sources: Sequence[Source]) -> list[dict[str, object]]:
 
 
 def read_documents(
-    sources: Sequence[Source], document_per: DocumentPer = "file", advance: Callable[[int], object] = lambda num_bytes: None
+    sources: Sequence[Source],
+    document_per: DocumentPer = "file",
+    advance: Callable[[int], object] = lambda num_bytes: None,
 ) -> Iterator[Document]:
     """All documents in order; `advance` is told the bytes read.
 

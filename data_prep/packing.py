@@ -34,7 +34,14 @@ def cut_into_texts(document_ids: np.ndarray, max_length_tokens: int) -> list[np.
 
 
 def assemble(
-    texts: list[np.ndarray], max_length_tokens: int, *, seed: int, first_sample: int, sos_id: int, eos_id: int, pad_id: int
+    texts: list[np.ndarray],
+    max_length_tokens: int,
+    *,
+    seed: int,
+    first_sample: int,
+    sos_id: int,
+    eos_id: int,
+    pad_id: int,
 ) -> Samples:
     """Samples number first_sample .. from their texts (at least 2 ids each); where S2 begins is drawn uniformly."""
     num_ids = np.array([len(t) for t in texts], dtype=np.int32)

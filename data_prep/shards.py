@@ -218,7 +218,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f'{path}: not the manifest of a data set (expected "format": "{FORMAT}")')
     if manifest["version"] != VERSION:
-        raise ValueError(f"{path}: format version {manifest['version']}; this code reads version {VERSION}: build the data anew")
+        raise ValueError(
+            f"{path}: format version {manifest['version']}; this code reads version {VERSION}: build the data anew"
+        )
     return manifest
 
 

@@ -28,7 +28,9 @@ class Tokenizer:
         """Raises FileNotFoundError, or ValueError if `path` is no SentencePiece model with [PAD] [SOS] [EOS] [MASK]."""
         self.path = path
         if not path.is_file():
-            raise FileNotFoundError(2, "no such tokenizer; make one with `python -m data_prep train-tokenizer`", str(path))
+            raise FileNotFoundError(
+                2, "no such tokenizer; make one with `python -m data_prep train-tokenizer`", str(path)
+            )
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
@@ -100,7 +102,9 @@ def _bounded_lines(lines: Iterable[str]) -> Iterator[str]:
 
 def _why_training_failed(message: str, vocab_size: int) -> str:
     if match := re.search(r"set it to a value <= (\d+)", message):
-        return f"--vocab_size {vocab_size}: this text supports at most {match[1]} entries; ask for fewer or give more text"
+        return (
+            f"--vocab_size {vocab_size}: this text supports at most {match[1]} entries; ask for fewer or give more text"
+        )
     if match := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
         return f"--vocab_size {vocab_size}: the text's characters alone need {match[1]} entries; ask for more"
     return f"--vocab_size {vocab_size}: SentencePiece could not train on this text: {message}"

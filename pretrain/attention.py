@@ -97,5 +97,7 @@ def _attend(
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill(hidden, -math.inf)  # never a whole row: every slot sees the context
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+        values.dtype
+    )
     return F.dropout(probabilities, dropout, training=dropout > 0) @ values

@@ -62,7 +62,9 @@ class SampleOrder:
     def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
         first = window * self._window_chunks
         places = range(first, min(first + self._window_chunks, self._num_whole_chunks))
-        chunks = [permuted(place, self._num_whole_chunks, f"{self._seed} {Decision.CHUNK_ORDER} {epoch}") for place in places]
+        chunks = [
+            permuted(place, self._num_whole_chunks, f"{self._seed} {Decision.CHUNK_ORDER} {epoch}") for place in places
+        ]
         starts = np.array(chunks, dtype=np.int64)[:, None] * CHUNK_SAMPLES
         samples = (starts + np.arange(CHUNK_SAMPLES)).ravel()
         if window == self._num_windows - 1:
@@ -149,7 +151,9 @@ class TrainingBatches:
         """The rank's micro batches of the step that begins after `samples_consumed` samples of the run."""
         layouts = []
         for micro_step in range(self._share.accumulation_steps):
-            first = samples_consumed + (micro_step * self._share.world_size + self._share.rank) * self._share.micro_batch
+            first = (
+                samples_consumed + (micro_step * self._share.world_size + self._share.rank) * self._share.micro_batch
+            )
             epochs, samples = self._order.samples(first, first + self._share.micro_batch)
             batch = self._chunks.read(samples, epochs % self._num_mask_sets)
             layouts.append(pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id))

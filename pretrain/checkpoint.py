@@ -58,7 +58,7 @@ def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises ValueError if there are checkpoints and none is whole: to begin anew over them would lose a run.
     """
     folders = sorted(checkpoints_folder(run).glob("step*"), reverse=True)
-    passed_over = []
+    passed_over: list[str] = []
     for folder in folders:
         try:
             return Checkpoint(folder, _checked_manifest(folder)), passed_over
@@ -155,14 +155,18 @@ class CheckpointStore:
             failure = next((failure for failure, _ in parts if failure), None)
             if not failure:
                 try:
-                    self._declare_whole(unfinished, folder, samples_consumed, {k: v for _, part in parts for k, v in part.items()})
+                    self._declare_whole(
+                        unfinished, folder, samples_consumed, {k: v for _, part in parts for k, v in part.items()}
+                    )
                 except OSError as error:
                     failure = describe_error(error)
         if failure := self._engine.from_rank_0(failure):
             if self._engine.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free_bytes = shutil.disk_usage(self._run).free
-            raise ValueError(f"{folder}: could not be saved ({failure}; {free_bytes / 1e6:.0f} MB free); older ones are untouched")
+            raise ValueError(
+                f"{folder}: could not be saved ({failure}; {free_bytes / 1e6:.0f} MB free); older ones are untouched"
+            )
         return folder
 
     def _flush_own_files(self, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -111,6 +111,6 @@ def check_inputs(args: Any, world_size: int) -> Inputs:
         total_steps = args.max_steps or deepspeed.total_steps
         if total_steps is None:
             faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")
-    if faults:
+    if faults or sizes is None or total_steps is None:
         raise ValueError("; ".join(faults))
     return Inputs(config, deepspeed, sizes, data, model, total_steps)

@@ -14,6 +14,7 @@ from typing import Any
 from data_prep.files import read_json
 
 _ADAM_TYPES = ("adam", "adamw")
+_BATCH_SIZE_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _ANY: frozenset[str] | None = None  # DeepSpeed's own schema of the section refuses unknown keys
 
 _SECTIONS: dict[str, frozenset[str] | None] = {
@@ -65,7 +66,8 @@ class DeepSpeedConfig:
     @property
     def total_steps(self) -> int | None:
         """Steps of the learning-rate schedule, where it has an end."""
-        return self.values["scheduler"]["params"].get("total_num_steps")
+        steps: int | None = self.values["scheduler"]["params"].get("total_num_steps")
+        return steps
 
     @property
     def precision(self) -> str:
@@ -75,16 +77,10 @@ class DeepSpeedConfig:
 
     def batch_sizes(self, world_size: int) -> BatchSizes:
         """The three sizes from the two or three that are given. Raises ValueError where they do not fit the ranks."""
-        train, micro, accumulation = (
-            self.values.get(key)
-            for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        )
-        if train is None:
-            train = micro * (accumulation or 1) * world_size
-        if micro is None:
-            micro = train // ((accumulation or 1) * world_size)
-        if accumulation is None:
-            accumulation = train // (max(1, micro) * world_size)
+        train, micro, accumulation = (self.values.get(key, 0) for key in _BATCH_SIZE_KEYS)
+        train = train or micro * (accumulation or 1) * world_size
+        micro = micro or train // ((accumulation or 1) * world_size)
+        accumulation = accumulation or train // (max(1, micro) * world_size)
         if micro * accumulation * world_size != train:
             raise ValueError(
                 f"{self.path}: train_batch_size {train} is not train_micro_batch_size_per_gpu {micro} x "
@@ -121,14 +117,13 @@ def _unknown_keys(prefix: str, content: dict[str, Any], known: frozenset[str]) -
 
 
 def _batch_faults(values: dict[str, Any]) -> list[str]:
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     faults = [
         f"{key}: expected a whole number of at least 1, found {values[key]!r}"
-        for key in sizes
+        for key in _BATCH_SIZE_KEYS
         if key in values and not (type(values[key]) is int and values[key] > 0)
     ]
-    if not values.keys() & set(sizes[:2]):
-        faults.append(f"{sizes[0]} or {sizes[1]} is missing")
+    if not values.keys() & set(_BATCH_SIZE_KEYS[:2]):
+        faults.append(f"{' or '.join(_BATCH_SIZE_KEYS[:2])} is missing")
     return faults
 
 
@@ -143,5 +138,7 @@ def _recipe_faults(values: dict[str, Any]) -> list[str]:
     if all(values.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
         faults.append("fp16 and bf16 are both enabled; choose one")
     if "gradient_clipping" not in values:
-        faults.append("gradient_clipping is missing, and DeepSpeed would clip at 1.0; state it (the paper's recipe: 0.0, off)")
+        faults.append(
+            "gradient_clipping is missing, and DeepSpeed would clip at 1.0; state it (the paper's recipe: 0.0, off)"
+        )
     return faults

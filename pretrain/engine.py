@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def init_distributed() -> None:
     if "RANK" not in os.environ:
         os.environ.update(alone)
     world_size = int(os.environ["WORLD_SIZE"])
-    # DeepSpeed would compile shared-memory collectives, which leak 69 MB of /dev/shm a rank, and give the same bits.
-    local_size = int(os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
     if get_accelerator().device_name() == "cpu":
+        # Its shared-memory collectives take a minute to compile and leak 69 MB of /dev/shm a rank, for the same bits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if local_size == world_size:  # gloo hangs where the host's name means 127.0.1.1, as on Debian
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if "OMP_NUM_THREADS" not in os.environ:
@@ -60,7 +62,8 @@ def fused_adam_build() -> tuple[bool, Path]:
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two groups: no weight decay on biases, LayerNorm and the relative position bias."""
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and "rel_pos_bias" not in name
         (decay if is_matrix else no_decay).append(parameter)
@@ -217,7 +220,8 @@ class Engine:
 
 def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
     """The fp32 weights of a sharded checkpoint, by name."""
-    weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+    with redirect_stdout(None):
+        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
     return weights
 
 

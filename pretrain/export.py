@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, sync_directory, write_json, write_whole
-from data_prep.shards import TOKENIZER, DataSet
+from data_prep.shards import TOKENIZER
 from data_prep.tokenizer import Tokenizer
 from pretrain.checkpoint import SHARDS, newest_whole
 from pretrain.model import PMLM, PMLMConfig
@@ -32,10 +30,10 @@ CONFIG = "config.json"
 _TIED = "cls.predictions.decoder.weight"
 
 
-def export(run: Path, data_folder: Path, output: Path) -> int:
+def export(run: Path, output: Path) -> int:
     """Write the run's newest whole checkpoint to the folder `output`; returns its step.
 
-    Raises ValueError if there is no such checkpoint, `output` exists, or `data_folder` is not what was trained on.
+    Raises ValueError if there is no such checkpoint or `output` exists.
     """
     checkpoint, _ = newest_whole(run)
     if checkpoint is None:
@@ -43,14 +41,13 @@ def export(run: Path, data_folder: Path, output: Path) -> int:
     if output.exists():
         raise ValueError(f"{output}: exists already; remove it or choose another --output")
     identity = checkpoint.manifest["identity"]
-    data = DataSet(data_folder)
-    if data.tokenizer.sha256 != identity["tokenizer_sha256"]:
-        raise ValueError(f"{data_folder}: its tokenizer is not the one {run} was trained with; pass the right --data")
+    tokenizer = Tokenizer(run / TOKENIZER)
+    if tokenizer.sha256 != identity["tokenizer_sha256"]:
+        raise ValueError(f"{tokenizer.path}: not the tokenizer this run was trained with; copy it from the data set")
     from pretrain.engine import consolidated_weights
 
     weights = consolidated_weights(checkpoint.folder, SHARDS)
     stored = {name: tensor.contiguous() for name, tensor in weights.items() if name != _TIED}
-    tokenizer = data.tokenizer
     unfinished = output.with_name(f".{output.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -104,12 +101,11 @@ def main() -> int:
     """Entry point; returns the exit status."""
     parser = ArgumentParser(prog="python -m pretrain.export", description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the run")
-    parser.add_argument("--data", type=Path, default=Path("data/pretrain"), help="folder of the data set it was trained on")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     args = parser.parse_args()
 
     def command() -> None:
-        step = export(args.run, args.data, args.output)
+        step = export(args.run, args.output)
         print(f"{args.output}: the model after step {step}")
 
     return run_command(command, parser.prog)

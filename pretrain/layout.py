@@ -29,7 +29,7 @@ Shapes: B samples, L context slots, P masked tokens, S = L + 2P slots (S = L whe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -102,7 +102,8 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The same layout on a device."""
-        return Layout(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: int) -> Layout:

@@ -34,7 +34,7 @@ class Metrics:
         run.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_records(run) if r["step"] <= resumed_step]
         write_whole(run / METRICS, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self._file = open(run / METRICS, "a", buffering=1)
+        self._file = open(run / METRICS, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ class PMLM(nn.Module):
         super().__init__()
         self.config = config
         self.bert = _Bert(config)
-        self.cls = _Heads(config, self.bert.embeddings.word_embeddings.weight)
+        self.cls = _Heads(config, self.bert.embeddings.word_embeddings)
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -260,17 +260,17 @@ class _AddAndNorm(_Dense):
 
 
 class _Heads(nn.Module):
-    def __init__(self, config: PMLMConfig, word_embeddings: nn.Parameter) -> None:
+    def __init__(self, config: PMLMConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.predictions = _PredictionHead(config, word_embeddings)
 
 
 class _PredictionHead(nn.Module):
-    def __init__(self, config: PMLMConfig, word_embeddings: nn.Parameter) -> None:
+    def __init__(self, config: PMLMConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.transform = _Transform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.decoder.weight = word_embeddings
+        self.decoder.weight = word_embeddings.weight
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:

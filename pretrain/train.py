@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from data_prep.console import progress_bar
-from data_prep.files import sha256_of_file
-from data_prep.shards import manifest_path
+from data_prep.files import sha256_of_file, write_whole
+from data_prep.shards import TOKENIZER, manifest_path
 from pretrain.batches import Share, TrainingBatches, validation_batches
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config import Inputs
@@ -53,10 +53,15 @@ class Trainer:
         self._samples_consumed = checkpoint.samples_consumed if checkpoint else 0
         self._saved_step = self._engine.steps if checkpoint else -1
         self._share = Share(
-            self._engine.rank, self._engine.world_size, inputs.batch_sizes.micro_batch, inputs.batch_sizes.accumulation_steps
+            self._engine.rank,
+            self._engine.world_size,
+            inputs.batch_sizes.micro_batch,
+            inputs.batch_sizes.accumulation_steps,
         )
         self._batches = TrainingBatches(inputs.data, self._config.objective, self._share, self._config.seed)
         self._metrics = Metrics(self._config.run, self._engine.steps) if self._is_main else None
+        if self._is_main:  # `export` needs it when the data set may be elsewhere
+            write_whole(self._config.run / TOKENIZER, inputs.data.tokenizer.path.read_bytes())
         self._report_start(model, passed_over, checkpoint is not None)
 
     def _report_start(self, model: PMLM, passed_over: list[str], is_resumed: bool) -> None:

@@ -1,0 +1,135 @@
+"""The global order of samples: each once an epoch, whoever computes them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import PAD
+
+from data_prep.shards import CHUNK_SAMPLES, DataSet
+from pretrain.batches import SampleOrder, Share, TrainingBatches, permuted, validation_batches
+from pretrain.layout import Objective
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 127, 128, 129, 128 * 3 + 7, 128 * 9, 128 * 9 + 1])
+def test_each_sample_once_an_epoch(num_samples: int) -> None:
+    order = SampleOrder(num_samples, seed=3, window_chunks=4)
+    orders = []
+    for epoch in range(3):
+        epochs, samples = order.samples(epoch * num_samples, (epoch + 1) * num_samples)
+        assert set(epochs.tolist()) == {epoch}
+        assert sorted(samples.tolist()) == list(range(num_samples))
+        orders.append(samples.tolist())
+    if num_samples > 100:
+        assert orders[0] != orders[1] != orders[2]
+        assert orders[0] != list(range(num_samples))
+
+
+@given(cuts=st.lists(st.integers(0, 3000), max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_the_order_does_not_depend_on_how_it_is_asked_for(cuts: list[int]) -> None:
+    whole = SampleOrder(1000, seed=1, window_chunks=2).samples(0, 3000)[1]
+    edges = [0, *sorted(cuts), 3000]
+    order = SampleOrder(1000, seed=1, window_chunks=2)
+    pieces = [order.samples(a, b)[1] for a, b in pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 63, 64, 65, 1000])
+def test_permuted_is_a_permutation(size: int) -> None:
+    assert sorted(permuted(i, size, "key") for i in range(size)) == list(range(size))
+
+
+def test_chunks_are_spread_over_the_data_and_samples_over_their_window() -> None:
+    num_samples = 128 * 2048
+    samples = SampleOrder(num_samples, seed=0).samples(0, num_samples)[1]
+    chunks_of_a_window = np.unique(samples[:8192] // CHUNK_SAMPLES)
+    assert len(chunks_of_a_window) == 64
+    assert 0.35 < chunks_of_a_window.mean() / 2048 < 0.65
+    neighbours = np.corrcoef(samples[:-1], samples[1:])[0, 1]  # windows share their 64 chunks, so a little remains
+    assert abs(neighbours) < 0.1
+    within = samples[:8192] % CHUNK_SAMPLES
+    assert abs(np.corrcoef(within, np.arange(8192))[0, 1]) < 0.05
+
+
+def test_a_billion_samples_in_constant_memory() -> None:
+    order = SampleOrder(10**9, seed=0)
+    tracemalloc.start()
+    started = time.perf_counter()
+    seen = [order.samples(first, first + 4096)[1] for first in (0, 10**8, 10**9 - 4096, 3 * 10**9 + 5)]
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    assert time.perf_counter() - started < 30
+    tracemalloc.stop()
+    assert all(len(np.unique(s)) == 4096 and s.max() < 10**9 for s in seen)
+
+
+def consumed(data: DataSet, share: tuple[int, int, int], steps: range, batch: int) -> list[list[list[int]]]:
+    """Per step, the samples' tokens in the order of the run, put together from all ranks."""
+    world_size, micro_batch, accumulation = share
+    ranks = [
+        TrainingBatches(data, Objective.AE_PAR, Share(r, world_size, micro_batch, accumulation), seed=5)
+        for r in range(world_size)
+    ]  # fmt: skip
+    result = []
+    for step in steps:
+        layouts = [r.step(step * batch) for r in ranks]
+        in_order = [layouts[r][m] for m in range(accumulation) for r in range(world_size)]
+        contexts = [row for layout in in_order for row in layout.ids_BS[:, : layout.num_context].tolist()]
+        result.append([[token for token in row if token != PAD] for row in contexts])
+    return result
+
+
+def test_the_samples_of_a_step_depend_on_neither_ranks_nor_micro_batch_nor_restarts(data_set: DataSet) -> None:
+    whole = consumed(data_set, (1, 12, 1), range(40), 12)
+    for share in [(1, 3, 4), (2, 6, 1), (2, 3, 2), (3, 2, 2), (4, 1, 3), (12, 1, 1)]:
+        assert consumed(data_set, share, range(17, 25), 12) == whole[17:25]
+
+
+def test_an_epoch_uses_its_mask_set(data_set: DataSet) -> None:
+    """Epoch e shows set e mod K: two epochs of one sample differ in their masks, epochs 0 and K do not."""
+    num_samples = data_set.num_samples("train")
+    order = SampleOrder(num_samples, seed=5)
+    batches = TrainingBatches(data_set, Objective.AE_PAR, Share(0, 1, num_samples, 1), seed=5)
+    by_epoch = []
+    for epoch in range(3):
+        samples = order.samples(epoch * num_samples, (epoch + 1) * num_samples)[1]
+        layout = batches.step(epoch * num_samples)[0]
+        by_epoch.append(layout.ids_BS[:, : layout.num_context].numpy()[np.argsort(samples)])
+    assert data_set.num_mask_sets == 2
+    assert (by_epoch[0] != by_epoch[1]).any(axis=1).mean() > 0.9
+    np.testing.assert_array_equal(by_epoch[0], by_epoch[2])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_takes_each_held_out_sample_once(data_set: DataSet, world_size: int) -> None:
+    layouts = [
+        layout
+        for rank in range(world_size)
+        for layout in validation_batches(data_set, Objective.AE, Share(rank, world_size, 4, 1), max_samples=10**6)
+    ]
+    num_samples = data_set.num_samples("validation")
+    assert sum(len(layout.ids_BS) for layout in layouts) == num_samples
+    expected = data_set.read_samples("validation", 0, num_samples)
+    assert sum(layout.num_targets for layout in layouts) == expected.num_masked_B.sum()
+    assert sum(layout.num_tokens for layout in layouts) == expected.length_B.sum()
+
+
+def test_a_flipped_byte_is_found_when_training_reads_it(data_set: DataSet, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(data_set.folder, folder)
+    shard = folder / "train-00000.h5"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    batches = TrainingBatches(DataSet(folder), Objective.AE_PAR, Share(0, 1, 128, 1), seed=0)
+    two_epochs = range(0, 2 * data_set.num_samples("train"), 128)
+    with pytest.raises(ValueError, match=r"train-00000.h5: damaged .*data_prep verify"):
+        [batches.step(first) for first in two_epochs]

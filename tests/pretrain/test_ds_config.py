@@ -1,0 +1,97 @@
+"""The DeepSpeed JSON: every fault is found, all in one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import REPOSITORY, deepspeed_json
+
+from pretrain.ds_config import BatchSizes, DeepSpeedConfig
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+def test_shipped_configurations_are_sound(path: Path) -> None:
+    config = DeepSpeedConfig(path)
+    assert config.total_steps
+    assert config.precision == "fp16"
+    assert config.values["zero_optimization"]["stage"] == 2
+
+
+def test_zero2_is_the_papers_recipe() -> None:
+    config = DeepSpeedConfig(REPOSITORY / "ds_configs" / "zero2.json")
+    assert config.batch_sizes(64) == BatchSizes(7680, 30, 4)
+    assert config.values["optimizer"]["params"] == {"lr": 6e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.01}
+    schedule = config.values["scheduler"]["params"]
+    assert (schedule["warmup_max_lr"], schedule["warmup_num_steps"], schedule["total_num_steps"]) == (
+        6e-4,
+        24_000,
+        500_000,
+    )
+    assert schedule["warmup_type"] == "linear"
+    assert config.values["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        ({"gradient_cliping": 1.0}, ["unknown key gradient_cliping (did you mean gradient_clipping?)"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, ["unknown key scheduler.params.warmup_steps"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1, "beta": 2}}}, ["unknown key optimizer.params.beta"]),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 1}}}, ["optimizer.type: expected Adam or AdamW, found 'SGD'"]),
+        ({"optimizer": None, "gradient_clipping": None}, ["optimizer: expected an object", "gradient_clipping is missing"]),
+        ({"bf16": {"enabled": True}}, ["fp16 and bf16 are both enabled"]),
+        ({"train_batch_size": 0}, ["train_batch_size: expected a whole number of at least 1, found 0"]),
+        ({"train_batch_size": "auto"}, ["train_batch_size: expected a whole number of at least 1, found 'auto'"]),
+        ({"train_batch_size": None, "train_micro_batch_size_per_gpu": None}, ["train_batch_size or train_micro"]),
+        ({"fp16": True}, ["fp16: expected an object, found True"]),
+        ({"a": 1, "b": 2}, ["unknown key a", "unknown key b"]),
+    ],
+)  # fmt: skip
+def test_faults_are_named(tmp_path: Path, changes: dict[str, Any], faults: list[str]) -> None:
+    path = deepspeed_json(tmp_path / "ds.json", **changes)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        DeepSpeedConfig(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+    for fault in faults:
+        assert fault in str(error.value)
+
+
+def test_what_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{\n "a": 1,\n}')
+    with pytest.raises(ValueError, match=r"ds.json: line 3: not valid JSON"):
+        DeepSpeedConfig(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        DeepSpeedConfig(path)
+    with pytest.raises(FileNotFoundError):
+        DeepSpeedConfig(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "expected"),
+    [
+        ((32, 16, None), 2, (32, 16, 1)),
+        ((32, 4, None), 2, (32, 4, 4)),
+        ((32, None, 4), 2, (32, 4, 4)),
+        ((32, None, None), 4, (32, 8, 1)),
+        ((None, 8, None), 3, (24, 8, 1)),
+        ((None, 8, 2), 3, (48, 8, 2)),
+    ],
+)
+def test_batch_arithmetic(
+    tmp_path: Path, sizes: tuple[int | None, ...], world_size: int, expected: tuple[int, int, int]
+) -> None:
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    path = deepspeed_json(tmp_path / "ds.json", **dict(zip(keys, sizes, strict=True)))
+    assert DeepSpeedConfig(path).batch_sizes(world_size) == BatchSizes(*expected)
+
+
+@pytest.mark.parametrize("world_size", [3, 5, 64])
+def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path: Path, world_size: int) -> None:
+    config = DeepSpeedConfig(deepspeed_json(tmp_path / "ds.json"))
+    with pytest.raises(ValueError, match=rf"train_batch_size 32 is not .* x {world_size} ranks"):
+        config.batch_sizes(world_size)

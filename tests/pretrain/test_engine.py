@@ -1,0 +1,194 @@
+"""Training under DeepSpeed on several real ranks: gradients, and the two defects that the engine cures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import MASK, REPOSITORY, VOCAB_SIZE, deepspeed_json, random_batch, run_ranks
+
+from data_prep.shards import DataSet
+from pretrain.batches import Share, TrainingBatches
+from pretrain.ds_config import DeepSpeedConfig
+from pretrain.layout import Objective, pseudo_masked_layout
+from pretrain.model import PMLM, PMLMConfig
+
+pytestmark = pytest.mark.slow
+
+FP32 = {"fp16": None, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
+
+
+def small_model(vocab_size: int = VOCAB_SIZE, dropout: float = 0.0) -> PMLM:
+    torch.manual_seed(3)
+    return PMLM(
+        PMLMConfig.of_size("tiny", vocab_size=vocab_size, hidden_size=32, intermediate_size=64, dropout=dropout)
+    )
+
+
+def _zero2_gradients(rank: int, config: Path, data: Path, out: Path) -> None:
+    from deepspeed.utils import safe_get_full_grad
+
+    from pretrain.engine import Engine, init_distributed
+
+    init_distributed()
+    model = small_model(DataSet(data).tokenizer.vocab_size)
+    engine = Engine(model, DeepSpeedConfig(config))
+    batches = TrainingBatches(DataSet(data), Objective.AE_PAR, Share(rank, 2, 4, 2), seed=0).step(0)
+    num_targets = engine.sum_over_ranks(torch.tensor([sum(b.num_targets for b in batches)]))
+    for layout in batches:
+        losses = engine(layout)
+        engine.backward((losses.ae_sum + losses.par_sum) / num_targets[0])
+        if layout is batches[-1]:
+            gradients = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+        engine.step()
+    if rank == 0:
+        torch.save(gradients, out)
+    engine.close()
+
+
+def test_gradients_of_two_ranks_and_two_accumulation_steps_equal_one_big_batch(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    """Samples differ in length, so a mean of per-rank means would not."""
+    config = deepspeed_json(tmp_path / "ds.json", **FP32)
+    run_ranks(_zero2_gradients, 2, config, data_folder, tmp_path / "gradients.pt")
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+
+    data = DataSet(data_folder)
+    model = small_model(data.tokenizer.vocab_size)
+    layout = TrainingBatches(data, Objective.AE_PAR, Share(0, 1, 16, 1), seed=0).step(0)[0]
+    losses = model(layout)
+    ((losses.ae_sum + losses.par_sum) / layout.num_targets).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        scale = parameter.grad.abs().max()
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=float(2e-5 * scale), msg=name)
+    assert float(max(g.abs().max() for g in found.values())) > 1e-3
+
+
+def _gradient_norms(rank: int, config: Path, out: Path, is_cured: bool) -> None:
+    """The norms of the gradients that Adam is given, with a learning rate of 0: the same batch, the same gradient."""
+    import pretrain.engine
+
+    if not is_cured:
+        pretrain.engine._defer_loss_scale_update = lambda optimizer: lambda: None  # type: ignore[assignment]
+    pretrain.engine.init_distributed()
+    engine = pretrain.engine.Engine(small_model(), DeepSpeedConfig(config))
+    layout = pseudo_masked_layout(random_batch(8, seed=rank), Objective.AE_PAR, mask_id=MASK)
+    adam, given = engine._optimizer.optimizer, []
+    adam_step = adam.step
+
+    def recording_step(*args: Any, **kwargs: Any) -> Any:
+        gradients = [p.grad.norm().item() for group in adam.param_groups for p in group["params"] if p.grad is not None]
+        given.append(sum(g**2 for g in gradients) ** 0.5)
+        return adam_step(*args, **kwargs)
+
+    adam.step = recording_step
+    norms, scales = [], []
+    for _ in range(8):
+        given.clear()
+        losses = engine(layout)
+        engine.backward((losses.ae_sum + losses.par_sum) / 400)
+        engine.step()
+        norms.append(sum(g**2 for g in given) ** 0.5)
+        scales.append(engine.loss_scale)
+    if rank == 0:
+        out.write_text(json.dumps({"norms": norms, "scales": scales}))
+    engine.close()
+
+
+@pytest.mark.parametrize("is_cured", [True, False])
+def test_the_gradient_is_not_halved_when_the_loss_scale_grows(tmp_path: Path, is_cured: bool) -> None:
+    """Without the cure it is: if that case fails, DeepSpeed has been mended and the cure can go."""
+    config = deepspeed_json(
+        tmp_path / "ds.json",
+        train_batch_size=16, train_micro_batch_size_per_gpu=8,
+        fp16={"enabled": True, "initial_scale_power": 4, "loss_scale_window": 3},
+        optimizer={"type": "Adam", "params": {"lr": 0.0}},
+        scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.0, "warmup_num_steps": 2}},
+    )  # fmt: skip
+    run_ranks(_gradient_norms, 2, config, tmp_path / "norms.json", is_cured)
+    found = json.loads((tmp_path / "norms.json").read_text())
+    assert found["scales"][-1] > found["scales"][0]
+    ratios = [norm / found["norms"][0] for norm in found["norms"]]
+    if is_cured:
+        assert ratios == pytest.approx([1.0] * 8, rel=2e-2)
+    else:
+        assert min(ratios) == pytest.approx(0.5, rel=2e-2)
+
+
+def _train_and_resume(rank: int, config: Path, folder: Path, steps: int, resume: bool, is_cured: bool) -> None:
+    import pretrain.engine
+
+    if not is_cured:
+        pretrain.engine._forget_adam_powers = lambda optimizer: None  # type: ignore[assignment]
+    pretrain.engine.init_distributed()
+    engine = pretrain.engine.Engine(small_model(), DeepSpeedConfig(config))
+    if resume:
+        engine.load_shards(folder, "half")
+    for _ in range(steps):
+        layout = pseudo_masked_layout(random_batch(8, seed=10 * engine.steps + rank), Objective.AE_PAR, mask_id=MASK)
+        losses = engine(layout)
+        engine.backward((losses.ae_sum + losses.par_sum) / 400)
+        engine.step()
+        if engine.steps == 8 and not resume:
+            assert engine.save_shards(folder, "half") is None
+    if rank == 0:
+        torch.save(engine.module.state_dict(), folder / f"weights-{resume}.pt")
+    engine.close()
+
+
+@pytest.mark.parametrize("is_cured", [True, False])
+def test_adam_goes_on_to_the_bit_after_a_resume(tmp_path: Path, is_cured: bool) -> None:
+    """Without the cure it does not: if that case fails, DeepSpeed has been mended and the cure can go."""
+    config = deepspeed_json(
+        tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8, fp16=None,
+        scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 2}},
+    )  # fmt: skip
+    run_ranks(_train_and_resume, 2, config, tmp_path, 24, False, is_cured)
+    run_ranks(_train_and_resume, 2, config, tmp_path, 16, True, is_cured)
+    whole, resumed = (torch.load(tmp_path / f"weights-{r}.pt", weights_only=True) for r in (False, True))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole) == is_cured
+
+
+def _two_steps(rank: int, config: Path, data: Path, changes: dict[str, Any]) -> None:
+    from pretrain.engine import Engine, init_distributed
+
+    checked = DeepSpeedConfig(config)
+    checked.values.update(changes)
+    init_distributed()
+    data_set = DataSet(data)
+    engine = Engine(small_model(data_set.tokenizer.vocab_size, dropout=0.1), checked)
+    sizes = engine.batch_sizes
+    batches = TrainingBatches(
+        data_set, Objective.AE_PAR, Share(rank, 2, sizes.micro_batch, sizes.accumulation_steps), 0
+    )
+    before = engine.module.cls.predictions.bias.clone()  # type: ignore[union-attr]
+    for step in range(3):  # at the first one the linear warm-up's learning rate is 0
+        for layout in batches.step(step * sizes.train_batch):
+            losses = engine(layout)
+            assert torch.isfinite(losses.ae_sum + losses.par_sum)
+            engine.backward((losses.ae_sum + losses.par_sum) / layout.num_targets / sizes.accumulation_steps / 2)
+            engine.step()
+    expected = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[checked.precision]
+    assert before.dtype == expected
+    assert engine.steps == 3
+    assert not torch.equal(before, engine.module.cls.predictions.bias)  # type: ignore[union-attr]
+    engine.close()
+
+
+CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_configuration_trains(config: Path, data_folder: Path) -> None:
+    run_ranks(_two_steps, 2, config, data_folder, {})
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_json_alone_decides_the_precision(precision: str, data_folder: Path) -> None:
+    changes = {"fp16": {"enabled": False}, "bf16": {"enabled": precision == "bf16"}}
+    run_ranks(_two_steps, 2, REPOSITORY / "ds_configs" / "zero2_local.json", data_folder, changes)

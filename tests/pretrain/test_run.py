@@ -1,0 +1,245 @@
+"""Whole runs as a user starts them: killed and resumed, damaged, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_command
+
+from pretrain.metrics import read_records
+
+pytestmark = pytest.mark.slow
+
+MODEL = ["--model", "tiny", "--hidden_size", "32", "--intermediate_size", "64"]
+STEPS = 16
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """fp16 with a loss scale that grows on the way, so that its state matters; a schedule of 16 steps."""
+    schedule = {"warmup_max_lr": 1e-2, "warmup_num_steps": 4, "warmup_type": "linear", "total_num_steps": STEPS}
+    return deepspeed_json(
+        tmp_path / "ds.json", train_batch_size=32, train_micro_batch_size_per_gpu=8,
+        fp16={"enabled": True, "initial_scale_power": 8, "loss_scale_window": 3},
+        scheduler={"type": "WarmupDecayLR", "params": schedule},
+    )  # fmt: skip
+
+
+def flags(config: Path, data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(data), "--run", str(run), *MODEL,
+        "--log_every_steps", "1", "--validate_every_steps", "5", "--save_every_steps", "3", "--keep_last", "9", *more,
+    ]  # fmt: skip
+
+
+def two_ranks(*arguments: str) -> list[str]:
+    port = f"--master_port={free_port()}"
+    return ["deepspeed", "--quiet", "--num_accelerators", "2", port, *arguments]
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """All that a run recorded, but for times."""
+    times = ("time", "tokens_per_s")
+    return [
+        {key: value for key, value in record.items() if key not in times}
+        for record in read_records(run)
+        if record["kind"] != "start"
+    ]  # fmt: skip
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(d for child in children for d in descendants(int(child)))]
+
+
+def train_until_killed(command: list[str], run: Path, step: int) -> None:
+    """Start, wait for the record of `step`, then kill -9 the launcher and every rank."""
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not any(r["kind"] == "train" and r["step"] >= step for r in read_records(run)):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    for pid in descendants(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 16 steps on two ranks that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = run_command(two_ranks(*flags(config.__wrapped__(folder), data_folder, folder / "run")))  # type: ignore[attr-defined]
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
+    uninterrupted: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    expected = curve(uninterrupted / "run")
+    trained = [r for r in expected if r["kind"] == "train"]
+    assert [r["step"] for r in trained] == list(range(1, STEPS + 1))
+    assert len({r["loss_scale"] for r in trained}) > 2
+    assert trained[-1]["ae_loss"] < trained[0]["ae_loss"]
+
+    command = two_ranks(*flags(uninterrupted / "ds.json", data_folder, tmp_path / "run"))
+    train_until_killed(command, tmp_path / "run", step=7)
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step" in done.stderr
+    assert curve(tmp_path / "run") == expected
+
+    again = run_command(command)
+    assert again.returncode == 0
+    assert "nothing left to train" in again.stderr
+    assert curve(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no manifest", "cut manifest"])
+def test_a_damaged_checkpoint_is_passed_over(
+    uninterrupted: Path, data_folder: Path, tmp_path: Path, damage: str
+) -> None:
+    """Resumed from an older one, the run ends where it would have."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted / "run", run)
+    newest = sorted((run / "checkpoints").glob("step*"))[-1]
+    victim = newest / "shards" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    if damage == "flipped byte":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 3] ^= 0x10
+        victim.write_bytes(content)
+    elif damage == "missing file":
+        victim.unlink()
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        manifest = newest / "manifest.json"
+        manifest.write_text(manifest.read_text()[:50])
+    done = run_command(two_ranks(*flags(uninterrupted / "ds.json", data_folder, run)))
+    assert done.returncode == 0, done.stderr
+    assert f"passed over checkpoint {newest.name}" in done.stderr
+    assert "resumed from step 15" in done.stderr
+    assert curve(run) == curve(uninterrupted / "run")
+
+
+def one_rank(config: Path, data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return run_command(["python", *flags(config, data, run, *more)], MASTER_PORT=str(free_port()))
+
+
+def test_no_whole_checkpoint_is_not_a_fresh_start(uninterrupted: Path, data_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted / "run", tmp_path / "run")
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    done = one_rank(uninterrupted / "ds.json", data_folder, tmp_path / "run")
+    assert_user_error(done, "checkpoints is whole", "manifest.json: No such file or directory", "--run")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--objective", "ae"], ["objective was 'ae+par' and is now 'ae'"]),
+        (["--hidden_size", "64"], ["model was", "'hidden_size': 64"]),
+        ([], ["world_size was 2 and is now 1"]),
+    ],
+)
+def test_another_kind_of_run_is_not_resumed(
+    uninterrupted: Path, data_folder: Path, change: list[str], words: list[str]
+) -> None:
+    done = one_rank(uninterrupted / "ds.json", data_folder, uninterrupted / "run", *change)
+    assert_user_error(done, "saved by another kind of run", *words)
+
+
+def test_the_learning_rate_is_the_jsons_after_a_resume(uninterrupted: Path, data_folder: Path, tmp_path: Path) -> None:
+    """DeepSpeed would take it from the checkpoint without a word."""
+    shutil.copytree(uninterrupted / "run", tmp_path / "run")
+    values = json.loads((uninterrupted / "ds.json").read_text())
+    values["scheduler"]["params"] |= {"total_num_steps": 20, "warmup_max_lr": 5e-3}
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    done = run_command(two_ranks(*flags(tmp_path / "ds.json", data_folder, tmp_path / "run")))
+    assert done.returncode == 0, done.stderr
+    rates = {r["step"]: r["learning_rate"] for r in curve(tmp_path / "run") if r["kind"] == "train"}
+    assert sorted(rates) == list(range(1, 21))
+    for step in (17, 18, 20):  # the scheduler starts one step late: step n is trained at schedule place n - 2
+        assert rates[step] == pytest.approx(5e-3 * (20 - (step - 2)) / (20 - 4))
+
+
+# ---- bad input: one clear line, status 2
+
+
+def test_missing_data_names_the_command_that_makes_it(config: Path, tmp_path: Path) -> None:
+    done = run_command(
+        ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(tmp_path / "none")]
+    )
+    assert_user_error(done, "no data set there", "python -m data_prep build --corpus TEXTS", str(tmp_path / "none"))
+
+
+def test_all_faults_are_told_at_once(config: Path, data_folder: Path, tmp_path: Path) -> None:
+    config = deepspeed_json(config, gradient_cliping=1.0)
+    done = one_rank(config, tmp_path / "none", tmp_path / "run", "--num_heads", "5", "--max_steps", "0")
+    assert_user_error(done, "unknown key gradient_cliping", "no data set there", "num_heads 5", "max_steps is 0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_ranks_do_not_divide(config: Path, data_folder: Path, tmp_path: Path) -> None:
+    config = deepspeed_json(config, train_batch_size=33)
+    done = run_command(two_ranks(*flags(config, data_folder, tmp_path / "run")))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "train_batch_size 33 is not train_micro_batch_size_per_gpu 16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_that_deepspeeds_own_schema_refuses(config: Path, data_folder: Path, tmp_path: Path) -> None:
+    config = deepspeed_json(config, zero_optimization={"stage": 2, "overlapcomm": True})
+    done = one_rank(config, data_folder, tmp_path / "run")
+    assert_user_error(done, "overlapcomm", str(config))
+
+
+@pytest.mark.parametrize("victim", ["tokenizer.model", "manifest.json", "train-00000.h5"])
+def test_foreign_or_damaged_data(config: Path, data_folder: Path, tmp_path: Path, victim: str) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    if victim == "tokenizer.model":
+        from data_prep.tokenizer import train_tokenizer
+
+        lines = (REPOSITORY / "sample_corpus" / "pride_and_prejudice" / "chapter_01.txt").read_text().splitlines()
+        train_tokenizer(lines, folder / victim, vocab_size=200)
+        words = ["tokenizer.model: not the tokenizer these shards were made with"]
+    elif victim == "manifest.json":
+        manifest = json.loads((folder / victim).read_text()) | {"version": 99}
+        (folder / victim).write_text(json.dumps(manifest))
+        words = ["format version 99", "build the data anew"]
+    else:
+        content = bytearray((folder / victim).read_bytes())
+        for place in range(2000, len(content), 2000):
+            content[place] ^= 0x01
+        (folder / victim).write_bytes(content)
+        words = ["train-00000.h5: damaged", "python -m data_prep verify"]
+    assert_user_error(one_rank(config, folder, tmp_path / "run"), *words)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MB (needs root, as in CI)."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_while_saving(config: Path, data_folder: Path, small_disk: Path) -> None:
+    """On two ranks, so that the failure of one does not leave the other waiting."""
+    done = run_command(two_ranks(*flags(config, data_folder, small_disk / "run")), timeout_s=120)
+    assert done.returncode != 0
+    assert "could not be saved" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((small_disk / "run" / "checkpoints").glob("*"))

@@ -1,0 +1,94 @@
+"""What several test files need: made-up samples, small models, and processes that act as ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.multiprocessing
+
+from data_prep.masking import draw_mask_set, max_masked
+from data_prep.packing import assemble
+from data_prep.shards import SampleBatch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAD, UNK, SOS, EOS, MASK = range(5)
+VOCAB_SIZE = 50
+
+
+def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_length: int = 11) -> SampleBatch:
+    """Samples of random tokens and lengths, masked by the product's own sampler."""
+    random = np.random.default_rng(seed)
+    texts = [
+        random.integers(5, VOCAB_SIZE, random.integers(min_length, max_length + 1) - 3) for _ in range(num_samples)
+    ]
+    samples = assemble(texts, max_length, seed=seed, first_sample=0, sos_id=SOS, eos_id=EOS, pad_id=PAD)
+    masks = draw_mask_set(
+        samples.tokens_BL, samples.length_B, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK,
+        max_masked_tokens=max_masked(max_length, 3), seed=seed, first_sample=0, mask_set=0,
+    )  # fmt: skip
+    return SampleBatch(
+        samples.tokens_BL, samples.length_B, samples.segment_boundary_B, masks.num_masked_B,
+        masks.positions_BP, masks.turns_BP, masks.shown_BP,
+    )  # fmt: skip
+
+
+def deepspeed_json(path: Path, **changes: Any) -> Path:
+    """A DeepSpeed JSON for two-rank tests: `ds_configs/zero2_local.json` with some keys replaced (None: removed)."""
+    values = json.loads((REPOSITORY / "ds_configs" / "zero2_local.json").read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return path
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank_main(
+    rank: int, function: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    function(rank, *arguments)
+
+
+def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """Run `function(rank, *arguments)` in as many fresh processes; an exception in one is raised here."""
+    torch.multiprocessing.spawn(_rank_main, (function, world_size, free_port(), arguments), nprocs=world_size)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command, as in a shell with the virtual environment active."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", **changes}
+
+
+def run_command(
+    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 300, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; stdout and stderr are captured as text."""
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The command ended with status 2 and one line of error, without a traceback, that holds all the words."""
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
