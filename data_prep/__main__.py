@@ -13,7 +13,7 @@ from data_prep import inspect
 from data_prep.build import BuildParameters, build
 from data_prep.console import ArgumentParser, add_flags, available_cores, flag_values, progress_bar, run_command
 from data_prep.corpus import find_sources, read_documents
-from data_prep.shards import SPLITS, DataSet, find_faults, read_manifest
+from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
 from data_prep.tokenizer import train_tokenizer
 
 EPILOG = """\
@@ -117,7 +117,7 @@ def _inspect(args: Any) -> None:
 
 
 def _verify(args: Any) -> None:
-    shards = [entry for entries in read_manifest(args.data)["splits"].values() for entry in entries]
+    shards = [entry for entries in read_data_manifest(args.data)["splits"].values() for entry in entries]
     with _bytes_bar("verify", sum(entry["size_bytes"] for entry in shards)) as bar:
         faults = list(find_faults(args.data, bar.update))
     for fault in faults:

@@ -33,9 +33,9 @@ from data_prep.shards import (
     TOKENIZER,
     Split,
     manifest_path,
-    read_manifest,
+    read_data_manifest,
     shard_name,
-    write_manifest,
+    write_data_manifest,
     write_shard,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def build(
         "sources": describe_sources(sources),
     }
     if manifest_path(folder).exists():
-        manifest = read_manifest(folder)
+        manifest = read_data_manifest(folder)
         changed = [key for key, value in made_from.items() if manifest[key] != value]
         if changed:
             raise ValueError(
@@ -125,7 +125,7 @@ def build(
     if not splits["train"]:
         raise ValueError(f"{', '.join(map(str, corpus))}: {_why_no_training_text(counts)}")
     write_whole(folder / TOKENIZER, tokenizer_path.read_bytes())
-    write_manifest(folder, {
+    write_data_manifest(folder, {
         **made_from,
         "masking": {
             "mask_percent": MASK_PERCENT, "block_probability": BLOCK_PROBABILITY,

@@ -44,6 +44,30 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def write_manifest(path: Path, format_name: str, version: int, content: dict[str, Any]) -> None:
+    """Declare whole what the manifest describes; it carries a hash of itself."""
+    manifest = {"format": format_name, "version": version, **content}
+    write_json(path, {**manifest, "manifest_sha256": _hash_of(manifest)})
+
+
+def read_manifest(path: Path, format_name: str, version: int) -> dict[str, Any]:
+    """What `write_manifest` wrote; ValueError where it is another format's or version's, or damaged."""
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != format_name:
+        raise ValueError(f'{path}: not a manifest of this kind (expected "format": "{format_name}")')
+    if manifest.get("version") != version:
+        raise ValueError(
+            f"{path}: format version {manifest.get('version')}; this code reads version {version}: build it anew"
+        )
+    if manifest.pop("manifest_sha256", None) != _hash_of(manifest):
+        raise ValueError(f"{path}: is damaged (its content is not what was written)")
+    return manifest
+
+
+def _hash_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; ValueError names the file and the line that is not JSON."""
     try:

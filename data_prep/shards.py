@@ -35,7 +35,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from data_prep.files import read_json, sha256_of_file, write_json, write_whole
+from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
 from data_prep.masking import MaskSet, num_masked
 from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
 from data_prep.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ class DataSet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = read_manifest(folder)
+        self.manifest = read_data_manifest(folder)
         self.parameters: dict[str, Any] = self.manifest["parameters"]
         self.max_length_tokens: int = self.parameters["max_length_tokens"]
         self.num_mask_sets: int = self.parameters["mask_sets"]
@@ -200,33 +200,25 @@ def manifest_path(folder: Path) -> Path:
     return folder / MANIFEST
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_data_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Declare the data set whole."""
-    write_json(manifest_path(folder), {"format": FORMAT, "version": VERSION, **manifest})
+    write_manifest(manifest_path(folder), FORMAT, VERSION, content)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; ValueError where there is none or it is another version's."""
-    path = manifest_path(folder)
-    if not path.is_file():
+def read_data_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; ValueError where there is none, or it is damaged or another version's."""
+    if not manifest_path(folder).is_file():
         raise ValueError(
             f"{folder}: no data set there (no {MANIFEST}). Make one with: python -m data_prep train-tokenizer "
             f"--corpus TEXTS --tokenizer tokenizer.model && python -m data_prep build --corpus TEXTS "
             f"--tokenizer tokenizer.model --data {folder}"
         )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f'{path}: not the manifest of a data set (expected "format": "{FORMAT}")')
-    if manifest["version"] != VERSION:
-        raise ValueError(
-            f"{path}: format version {manifest['version']}; this code reads version {VERSION}: build the data anew"
-        )
-    return manifest
+    return read_manifest(manifest_path(folder), FORMAT, VERSION)
 
 
 def find_faults(folder: Path, advance: Any = lambda num_bytes: None) -> Iterator[str]:
     """Read every byte of a data set; one line for each thing that is wrong, nothing for a sound one."""
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     if (found := sha256_of_file(folder / TOKENIZER)) != manifest["tokenizer"]["sha256"]:
         yield f"{TOKENIZER}: SHA-256 is {found[:12]}, expected {manifest['tokenizer']['sha256'][:12]}"
         return

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.console import describe_error
-from data_prep.files import read_json, sha256_of_file, sync_directory, write_json
+from data_prep.files import read_manifest, sha256_of_file, sync_directory, write_manifest
 from pretrain.engine import Engine
 
 FORMAT = "pmlm-checkpoint"
@@ -74,10 +74,7 @@ def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _checked_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, every file of which has been read and compared."""
-    path = folder / MANIFEST
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ValueError(f"{path}: not a manifest of {FORMAT} version {VERSION}")
+    manifest = read_manifest(folder / MANIFEST, FORMAT, VERSION)
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -180,9 +177,9 @@ class CheckpointStore:
                 yield file.relative_to(folder).as_posix(), {"size_bytes": size, "sha256": sha256_of_file(file)}
 
     def _declare_whole(self, unfinished: Path, folder: Path, samples_consumed: int, files: dict[str, Any]) -> None:
-        write_json(unfinished / MANIFEST, {
-            "format": FORMAT, "version": VERSION, "step": self._engine.steps, "samples_consumed": samples_consumed,
-            "identity": self._identity, "files": dict(sorted(files.items())),
+        write_manifest(unfinished / MANIFEST, FORMAT, VERSION, {
+            "step": self._engine.steps, "samples_consumed": samples_consumed, "identity": self._identity,
+            "files": dict(sorted(files.items())),
         })  # fmt: skip
         sync_directory(unfinished / SHARDS)
         if folder.exists():

@@ -84,6 +84,21 @@ def run_command(
     )
 
 
+def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a Python script as the ranks of a run, without a launcher; all their stderr is in the result."""
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            ["python", *command], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=timeout_s) for rank in ranks]
+    status = max(abs(rank.returncode) for rank in ranks)
+    return subprocess.CompletedProcess(command, status, *("".join(o[i] for o in outputs) for i in (0, 1)))
+
+
 def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """The command ended with status 2 and one line of error, without a traceback, that holds all the words."""
     lines = [line for line in done.stderr.splitlines() if "error:" in line]

@@ -1,0 +1,1 @@
+"""Each published figure by one command."""
