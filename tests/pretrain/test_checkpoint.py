@@ -37,7 +37,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, file: str
     if damage == "missing":
         victim.unlink()
     else:
-        victim.write_bytes({"flipped": content, "cut": content[:-1], "empty": b""}[damage])
+        victim.write_bytes({"flipped": content, "cut": content[:-9], "empty": b""}[damage])
     checkpoint, passed_over = newest_whole(tmp_path)
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.samples_consumed) == (100, 3200)
