@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from data_prep.console import USER_ERROR_STATUS, describe_error
 from pretrain.config import check_inputs, make_parser
@@ -21,7 +22,7 @@ def main() -> int:
     """Entry point of one rank; returns its exit status."""
     args = make_parser("run_pretrain.py", __doc__ or "").parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    console = sys.stderr
+    console, log = sys.stderr, None
     try:
         inputs = check_inputs(args, world_size)
         console, log = redirect_output(inputs.config.run, rank)
@@ -29,6 +30,8 @@ def main() -> int:
 
         train(inputs, console)
     except (ValueError, OSError) as error:
+        if log:
+            traceback.print_exc()  # to the log
         wait_for_the_first_rank_to_report(rank)
         print(f"run_pretrain.py: error: {describe_error(error)}", file=console, flush=True)
         return USER_ERROR_STATUS

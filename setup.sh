@@ -4,58 +4,66 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-files=(requirements.txt)
-[ "${1:-}" = dev ] && files+=(requirements-dev.txt)
-stamp=.venv/installed-$(cat "${files[@]}" | sha256sum | cut -c1-16)
-[ -e "$stamp" ] && exit 0
-
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "setup.sh: error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.11" >&2
-    exit 2
-fi
-
-# DeepSpeed compiles its fused Adam at first use: a C++ compiler and Python's headers must be there.
-missing=()
-"$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-[ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
-command -v c++ >/dev/null || missing+=(g++)
-if [ ${#missing[@]} -gt 0 ]; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing ${missing[*]}"
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "${missing[@]}"; } >/dev/null
-    else
-        echo "setup.sh: error: ${missing[*]} missing; on Debian or Ubuntu: sudo apt-get install ${missing[*]}" >&2
+main() {
+    files=(requirements.txt)
+    [ "${1:-}" = dev ] && files+=(requirements-dev.txt)
+    python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "setup.sh: error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.11" >&2
         exit 2
     fi
-fi
 
-[ -e .venv/bin/python ] || "$python" -m venv .venv
-log=.venv/install.log
-total=$(cat "${files[@]}" | grep -c '^[a-z]' -i)
-args=()
-for file in "${files[@]}"; do args+=(-r "$file"); done
-.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "${args[@]}" >"$log" 2>&1 &
-pip=$!
-trap 'kill $pip 2>/dev/null || true' EXIT
-while kill -0 $pip 2>/dev/null; do
-    found=$(grep -cE '^(Collecting|Requirement already)' "$log" || true)
-    state="collected $found of about $total packages"
-    grep -q '^Installing collected' "$log" && state="installing them"
-    if [ -t 1 ]; then
-        printf '\rsetting up .venv: %s, %d s   ' "$state" "$SECONDS"
-        sleep 1
-    else
-        echo "setting up .venv: $state, $SECONDS s"
-        for _ in {1..10}; do kill -0 $pip 2>/dev/null && sleep 1; done
+    # DeepSpeed compiles its fused Adam at first use: a C++ compiler and Python's headers must be there.
+    missing=()
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+    [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
+    command -v c++ >/dev/null || missing+=(g++)
+    if [ "${1:-}" = dev ]; then  # the tests run real sshd and pdsh
+        [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
+        command -v ssh >/dev/null || missing+=(openssh-client)
+        command -v pdsh >/dev/null || missing+=(pdsh)
     fi
-done
-trap - EXIT
-if ! wait $pip; then
-    printf '\nsetup.sh: error: pip failed:\n' >&2
-    grep -E '^ERROR' "$log" >&2 || tail -n 5 "$log" >&2
-    exit 2
-fi
-[ -t 1 ] && echo
-touch "$stamp"
-touch ".venv/installed-$(sha256sum < requirements.txt | cut -c1-16)"
+    if [ ${#missing[@]} -gt 0 ]; then
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+            echo "installing ${missing[*]}"
+            { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "${missing[@]}"; } >/dev/null
+        else
+            echo "setup.sh: error: ${missing[*]} missing; on Debian or Ubuntu: sudo apt-get install ${missing[*]}" >&2
+            exit 2
+        fi
+    fi
+
+    stamp=.venv/installed-$(cat "${files[@]}" | sha256sum | cut -c1-16)
+    [ -e "$stamp" ] && exit 0
+    [ -e .venv/bin/python ] || "$python" -m venv .venv
+    log=.venv/install.log
+    total=$(cat "${files[@]}" | grep -c '^[a-z]' -i)
+    args=()
+    for file in "${files[@]}"; do args+=(-r "$file"); done
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "${args[@]}" >"$log" 2>&1 &
+    pip=$!
+    trap 'kill $pip 2>/dev/null || true' EXIT
+    while kill -0 $pip 2>/dev/null; do
+        found=$(grep -cE '^(Collecting|Requirement already)' "$log" || true)
+        state="collected $found of about $total packages"
+        grep -q '^Installing collected' "$log" && state="installing them"
+        if [ -t 1 ]; then
+            printf '\rsetting up .venv: %s, %d s   ' "$state" "$SECONDS"
+            sleep 1
+        else
+            echo "setting up .venv: $state, $SECONDS s"
+            for _ in {1..10}; do kill -0 $pip 2>/dev/null && sleep 1; done
+        fi
+    done
+    trap - EXIT
+    if ! wait $pip; then
+        printf '\nsetup.sh: error: pip failed:\n' >&2
+        grep -E '^ERROR' "$log" >&2 || tail -n 5 "$log" >&2
+        exit 2
+    fi
+    [ -t 1 ] && echo
+    touch "$stamp"
+    touch ".venv/installed-$(sha256sum < requirements.txt | cut -c1-16)"
+}
+
+main "$@"; exit

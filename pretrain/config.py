@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import ArgumentParser, add_flags, flag_values
+from data_prep.console import ArgumentParser, add_flags, describe_error, flag_values
 from data_prep.shards import DataSet
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Objective
@@ -91,7 +91,7 @@ def check_inputs(args: Any, world_size: int) -> Inputs:
         try:
             return make()
         except (ValueError, OSError) as error:
-            faults.append(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error))
+            faults.append(describe_error(error))
             return None
 
     numbers = {name: value for name, value in flag_values(args, _MODEL_NUMBERS).items() if value is not None}
@@ -109,6 +109,11 @@ def check_inputs(args: Any, world_size: int) -> Inputs:
     total_steps = None
     if deepspeed:
         total_steps = args.max_steps or deepspeed.total_steps
+        if deepspeed.total_steps and total_steps > deepspeed.total_steps:
+            faults.append(
+                f"--max_steps {total_steps}: the schedule in {args.deepspeed_config} ends at total_num_steps "
+                f"{deepspeed.total_steps}, with a learning rate of 0; raise it there"
+            )
         if total_steps is None:
             faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")
     if faults or sizes is None or total_steps is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +37,8 @@ def init_distributed() -> None:
         os.environ.update(alone)
     world_size = int(os.environ["WORLD_SIZE"])
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    scripts = str(Path(sys.executable).parent)  # ninja's, where ssh brought no environment along
+    os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if get_accelerator().device_name() == "cpu":
         # Its shared-memory collectives take a minute to compile and leak 69 MB of /dev/shm a rank, for the same bits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -43,6 +46,8 @@ def init_distributed() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, available_cores() // local_size))
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False, timeout=_COLLECTIVE_TIMEOUT)
 
 

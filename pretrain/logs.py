@@ -31,11 +31,11 @@ def redirect_output(run: Path, rank: int) -> tuple[IO[str], Path]:
     return console, log
 
 
-def report_crash(error: Exception, console: IO[str], log: Path, rank: int) -> None:
-    """The traceback to the log, one line to the console."""
+def report_crash(error: Exception, console: IO[str], log: Path | None, rank: int) -> None:
+    """The traceback to the log, if there is one yet, and one line to the console."""
     traceback.print_exc()
     reason = next(iter(str(error).splitlines()), "")
-    print(f"rank {rank}: {type(error).__name__}: {reason} (traceback: {log})", file=console, flush=True)
+    print(f"rank {rank}: {type(error).__name__}: {reason} (traceback: {log or 'above'})", file=console, flush=True)
 
 
 def wait_for_the_first_rank_to_report(rank: int) -> None:

@@ -111,7 +111,7 @@ class Trainer:
                     self._record("train", values | self._step_values(learning_rate) | {
                         "tokens_per_s": round(tokens / step_time_s, 1)
                     })  # fmt: skip
-                    bar.set_postfix_str(_short(values))
+                    bar.set_postfix_str(_short(values), refresh=False)
                     step_time_s, num_tokens = 0.0, 0
                 if self._is_due(self._config.validate_every_steps, is_last):
                     self._validate()

@@ -1,0 +1,85 @@
+"""What tests of data_prep start from: real text, a tokenizer trained on it, and a data set built from it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import REPOSITORY, run_command
+
+from data_prep.build import BuildParameters, build
+from data_prep.console import progress_bar
+from data_prep.corpus import find_sources, read_documents
+from data_prep.packing import Samples, assemble
+from data_prep.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def sample_corpus() -> Path:
+    return REPOSITORY / "sample_corpus"
+
+
+@pytest.fixture(scope="session")
+def chapters(sample_corpus: Path) -> list[Path]:
+    """The chapters of one novel, in their order, a file each."""
+    return sorted((sample_corpus / "pride_and_prejudice").glob("*.txt"))
+
+
+@pytest.fixture(scope="session")
+def lines(chapters: list[Path]) -> list[str]:
+    """The lines of the first five chapters."""
+    return [line for document in read_documents(find_sources(chapters[:5])) for line in document.lines]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(lines: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Unigram, uncased, 600 entries."""
+    return train_tokenizer(lines, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=600)
+
+
+@pytest.fixture(scope="session")
+def corpus_ids(sample_corpus: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids of the whole sample corpus, its rare characters as [UNK]."""
+    return np.concatenate([tokenizer.encode(d.lines) for d in read_documents(find_sources([sample_corpus]))])
+
+
+@pytest.fixture(scope="session")
+def assemble_texts(tokenizer: Tokenizer) -> Callable[..., Samples]:
+    """`assemble` with the special ids of the tokenizer."""
+    return partial(assemble, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+
+
+@pytest.fixture(scope="session")
+def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
+    """`build` without a progress bar; `settings` are BuildParameters besides short samples and small shards."""
+
+    def run(
+        corpus: list[Path], folder: Path, *, workers: int = 1, tokenizer_path: Path = tokenizer.path, **settings: Any
+    ) -> bool:
+        parameters = BuildParameters(**{"max_length_tokens": 64, "shard_samples": 128, **settings})
+        no_bar = partial(progress_bar, unit="B", is_shown=False)
+        return build(corpus, tokenizer_path, folder, parameters, workers=workers, bar=no_bar)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data_folder(
+    chapters: list[Path], build_data: Callable[..., bool], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A data set of nine chapters: 64 tokens, 2 mask sets, 3 shards to train and 1 to validate. Not to be changed."""
+    folder = tmp_path_factory.mktemp("data") / "pretrain"
+    assert build_data(chapters[:9], folder, mask_sets=2, validation_fraction=0.2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_prep_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m data_prep` with the given words, from the root of the repository."""
+    return lambda *words: run_command([sys.executable, "-m", "data_prep", *map(str, words)])

@@ -1,0 +1,234 @@
+"""What is random is distributed as the paper says. Seeds are fixed; a sound sampler fails a test once in 10,000 seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from data_prep import masking
+from data_prep.draws import Decision, draw_words, scale_high_bits, scale_low_bits
+from data_prep.masking import MaskSet, draw_mask_set
+from data_prep.packing import Samples, cut_into_texts
+from data_prep.tokenizer import Tokenizer
+
+FALSE_ALARM = 1e-4
+MAX_LENGTH = 512
+BLOCK_TOKENS = range(2, 7)
+
+
+def assert_distributed(counts: np.ndarray, expected: np.ndarray | None = None) -> None:
+    """Chi-square test of counts against expected ones (default: all equal), by the Wilson-Hilferty approximation."""
+    counts = np.asarray(counts, dtype=np.float64)
+    expected = np.ones_like(counts) if expected is None else np.asarray(expected, dtype=np.float64)
+    expected = expected * (counts.sum() / expected.sum())
+    assert expected.min() >= 5, "too few counts for a chi-square test"
+    freedom = len(counts) - 1
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    z = ((chi_square / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / sqrt(2 / (9 * freedom))
+    assert z < NormalDist().inv_cdf(1 - FALSE_ALARM), f"chi-square {chi_square:.1f} at {freedom} degrees of freedom"
+
+
+def assert_share(successes: int, trials: int, probability: float) -> None:
+    """Binomial test, both sides, by the normal approximation."""
+    deviation = sqrt(trials * probability * (1 - probability))
+    assert deviation > 3
+    assert abs(successes - trials * probability) < NormalDist().inv_cdf(1 - FALSE_ALARM / 2) * deviation + 0.5
+
+
+def assert_independent(first: np.ndarray, second: np.ndarray, num_values: int) -> None:
+    """Chi-square test of the table of two paired draws, each uniform over the values."""
+    assert_distributed(np.bincount(first * num_values + second, minlength=num_values**2))
+
+
+@dataclass(frozen=True)
+class MaskedCorpus:
+    """Samples of the sample corpus, B of them full or nearly, and several mask sets of each."""
+
+    samples: Samples
+    mask_sets: list[MaskSet]
+
+    @property
+    def used_KBP(self) -> np.ndarray:
+        return self.stack("turns_BP") > 0
+
+    @property
+    def originals_KBP(self) -> np.ndarray:
+        return np.stack([np.take_along_axis(self.samples.tokens_BL, m.positions_BP, axis=1) for m in self.mask_sets])
+
+    def stack(self, name: str) -> np.ndarray:
+        return np.stack([vars(masks)[name] for masks in self.mask_sets])
+
+
+@pytest.fixture(scope="module")
+def masked(corpus_ids: np.ndarray, tokenizer: Tokenizer, assemble_texts: Callable[..., Samples]) -> MaskedCorpus:
+    texts = cut_into_texts(corpus_ids, MAX_LENGTH)
+    samples = assemble_texts(texts, MAX_LENGTH, seed=11, first_sample=0)
+    mask_sets = [
+        draw_mask_set(
+            samples.tokens_BL, samples.length_B, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
+            mask_id=tokenizer.mask_id, max_masked_tokens=76, seed=11, first_sample=0, mask_set=mask_set,
+        )
+        for mask_set in range(6)
+    ]  # fmt: skip
+    return MaskedCorpus(samples, mask_sets)
+
+
+@pytest.mark.parametrize("scale", [scale_high_bits, scale_low_bits])
+@pytest.mark.parametrize("bound", [2, 5, 7, 64, 595])
+def test_scaled_words_are_uniform(scale: Callable[..., np.ndarray], bound: int) -> None:
+    words = draw_words(2, Decision.MASKS, 0, 3000, 10, variant=3)
+    assert_distributed(np.bincount(scale(words, bound).ravel().astype(np.int64), minlength=bound))
+
+
+def test_every_bit_of_a_word_is_fair() -> None:
+    words = draw_words(4, Decision.MASKS, 10**9, 2500, 8).ravel()
+    for bit in range(64):
+        ones = int((words >> np.uint64(bit) & np.uint64(1)).sum())
+        assert_share(ones, len(words), 0.5)
+
+
+def test_consecutive_draws_of_an_item_and_of_neighbours_are_independent() -> None:
+    values = scale_high_bits(draw_words(4, Decision.MASKS, 0, 4000, 6), 8).astype(np.int64)
+    assert_independent(values[:, :-1].ravel(), values[:, 1:].ravel(), 8)
+    assert_independent(values[:-1].ravel(), values[1:].ravel(), 8)
+
+
+@pytest.mark.parametrize("num_ids", [3, 8, 21, 61])
+def test_the_segment_boundary_is_uniform(
+    corpus_ids: np.ndarray, assemble_texts: Callable[..., Samples], num_ids: int
+) -> None:
+    texts = np.split(corpus_ids[: 4000 * num_ids], 4000)
+    samples = assemble_texts(texts, 64, seed=5, first_sample=0)
+    first_part = samples.segment_boundary_B - 2
+    counts = np.bincount(first_part, minlength=num_ids)
+    assert counts[0] == 0, "segment A is never empty"
+    assert len(counts) == num_ids, "segment B is never empty"
+    assert_distributed(counts[1:])
+
+
+def test_forty_percent_of_the_draws_are_blocks_of_two_to_six_tokens_anywhere() -> None:
+    words = draw_words(6, Decision.MASKS, 0, 400, 200)
+    starts, lengths = masking._block_draws(words, np.full(400, 100))
+    assert_share(int((lengths > 1).sum()), lengths.size, 0.4)
+    counts = np.bincount(lengths.ravel(), minlength=7)
+    assert counts[0] == 0
+    assert len(counts) == 7
+    assert_distributed(counts[2:])
+    assert_distributed(np.bincount(starts.ravel(), minlength=100))
+    is_block = lengths > 1
+    assert_independent(starts[is_block] // 20, lengths[is_block] - 2, 5)
+
+
+def test_exactly_fifteen_percent_are_masked(masked: MaskedCorpus, tokenizer: Tokenizer) -> None:
+    special = np.isin(masked.samples.tokens_BL, tokenizer.special_ids)
+    maskable_B = (~special).sum(axis=1)
+    assert len(np.unique(maskable_B)) > 2, "texts with [UNK] among them"
+    expected_B = np.floor(0.15 * maskable_B + 0.5)
+    np.testing.assert_array_equal(masked.used_KBP.sum(axis=2), np.tile(expected_B, (len(masked.mask_sets), 1)))
+    assert (masked.stack("num_masked_B") == expected_B).all()
+
+
+def test_no_special_token_is_masked_and_no_position_twice(masked: MaskedCorpus, tokenizer: Tokenizer) -> None:
+    assert not np.isin(masked.originals_KBP, tokenizer.special_ids)[masked.used_KBP].any()
+    for masks in masked.mask_sets:
+        for positions, num_masked in zip(masks.positions_BP, masks.num_masked_B, strict=True):
+            assert len(set(positions[:num_masked].tolist())) == num_masked
+
+
+def test_turns_count_up_and_each_is_one_contiguous_block(masked: MaskedCorpus) -> None:
+    used = masked.used_KBP
+    turn_steps = np.diff(masked.stack("turns_BP"), axis=2, prepend=0)
+    position_steps = np.diff(masked.stack("positions_BP"), axis=2, prepend=-9)
+    assert np.isin(turn_steps[used], [0, 1]).all()
+    assert (position_steps[used & (turn_steps == 0)] == 1).all()
+    assert (np.diff(used.astype(int), axis=2) <= 0).all(), "unused places are at the end"
+    longest = max(np.bincount(turns[turns > 0]).max() for turns in masked.stack("turns_BP").reshape(-1, 76))
+    assert longest == 6
+
+
+def test_lengths_of_first_turns(masked: MaskedCorpus) -> None:
+    """60% single tokens and 8% of each block length, less the starts from which a block would not fit its segment.
+
+    A text with an unknown token has more such places and is left out.
+    """
+    samples = masked.samples
+    whole_B = masked.mask_sets[0].num_masked_B == 76
+    segment_tokens = np.stack([samples.segment_boundary_B - 2, samples.length_B - samples.segment_boundary_B - 1])
+    probability = {1: 0.6, **dict.fromkeys(BLOCK_TOKENS, 0.4 / 5)}
+    weights = np.stack(
+        [p * np.maximum(0, segment_tokens - tokens + 1).sum(axis=0) for tokens, p in probability.items()]
+    )
+    expected = (weights / weights.sum(axis=0))[:, whole_B].sum(axis=1)
+    lengths = (masked.stack("turns_BP") == 1).sum(axis=2)[:, whole_B]
+    assert_distributed(np.bincount(lengths.ravel(), minlength=7)[1:], expected)
+
+
+def test_blocks_hold_seventy_percent_of_the_masked_tokens(masked: MaskedCorpus) -> None:
+    """As the paper reckons: 0.4 * 4 of 0.6 + 0.4 * 4 tokens a draw is 73%; blocks are rejected more often."""
+    turn_lengths = np.concatenate([np.bincount(turns)[1:] for turns in masked.stack("turns_BP").reshape(-1, 76)])
+    assert 0.68 < turn_lengths[turn_lengths > 1].sum() / turn_lengths.sum() < 0.73
+
+
+def test_shown_are_eighty_ten_ten(masked: MaskedCorpus, tokenizer: Tokenizer) -> None:
+    used, originals, shown = masked.used_KBP, masked.originals_KBP, masked.stack("shown_BP")
+    is_mask, is_original = shown[used] == tokenizer.mask_id, shown[used] == originals[used]
+    chance = 0.1 / len(tokenizer.normal_ids)  # the random id is the original one
+    counts = np.array([is_mask.sum(), (~is_mask & ~is_original).sum(), is_original.sum()])
+    assert_distributed(counts, np.array([0.8, 0.1 - chance, 0.1 + chance]))
+
+
+def test_random_replacements_are_uniform_over_normal_ids(masked: MaskedCorpus, tokenizer: Tokenizer) -> None:
+    used, originals, shown = masked.used_KBP, masked.originals_KBP, masked.stack("shown_BP")
+    replaced = shown[used][(shown[used] != tokenizer.mask_id) & (shown[used] != originals[used])]
+    assert np.isin(replaced, tokenizer.normal_ids).all()
+    other_originals = used.sum() - np.bincount(originals[used], minlength=tokenizer.vocab_size)
+    normal = tokenizer.normal_ids
+    assert_distributed(np.bincount(replaced, minlength=tokenizer.vocab_size)[normal], other_originals[normal])
+
+
+def test_what_is_shown_does_not_depend_on_the_turn(masked: MaskedCorpus, tokenizer: Tokenizer) -> None:
+    hidden_KBP = masked.stack("shown_BP") == tokenizer.mask_id
+    for places in np.array_split(np.arange(76), 8):
+        used = masked.used_KBP[:, :, places]
+        assert_share(int(hidden_KBP[:, :, places][used].sum()), int(used.sum()), 0.8)
+
+
+def test_turns_start_anywhere_in_the_text(masked: MaskedCorpus) -> None:
+    """In 15 parts of the text, the first and last 16 places left out, where blocks are cut off by the edge."""
+    starts = masked.stack("positions_BP")[np.diff(masked.stack("turns_BP"), axis=2, prepend=0) == 1]
+    inner = starts[(starts >= 16) & (starts < 496)]
+    assert_distributed(np.bincount((inner - 16) // 32, minlength=15))
+
+
+def test_every_place_is_masked_about_as_often(masked: MaskedCorpus) -> None:
+    used = masked.used_KBP
+    times = np.bincount(masked.stack("positions_BP")[used], minlength=MAX_LENGTH)[8:-8]
+    assert times.min() > 0.75 * times.mean()
+    assert times.max() < 1.25 * times.mean()
+
+
+def test_mask_sets_and_samples_are_independent(masked: MaskedCorpus) -> None:
+    """The first turn's start, in quarters of the text, of two sets of a sample and of two samples of a set."""
+    quarter_KB = np.minimum(3, masked.stack("positions_BP")[:, :, 0] * 4 // 509)
+    assert_independent(quarter_KB[:-1].ravel(), quarter_KB[1:].ravel(), 4)
+    assert_independent(quarter_KB[:, :-1].ravel(), quarter_KB[:, 1:].ravel(), 4)
+
+
+@pytest.mark.parametrize(("set_step", "sample_step"), [(1, 0), (0, 1), (1, 1)])
+def test_two_sets_of_masks_overlap_by_chance_alone(masked: MaskedCorpus, set_step: int, sample_step: int) -> None:
+    """About 15% of 15% of the places; the places near the edges, masked less often, add under 2%."""
+    num_sets, num_samples = len(masked.mask_sets), len(masked.samples.tokens_BL)
+    is_masked_KBL = np.zeros((num_sets, num_samples, MAX_LENGTH), dtype=bool)
+    sets, rows, places = np.nonzero(masked.used_KBP)
+    is_masked_KBL[sets, rows, masked.stack("positions_BP")[sets, rows, places]] = True
+    first = is_masked_KBL[: num_sets - set_step, : num_samples - sample_step]
+    second = is_masked_KBL[set_step:, sample_step:]
+    overlap = (first & second).sum(axis=2)
+    by_chance = 76 * 76 / 509
+    margin = 4 * overlap.std() / sqrt(overlap.size)
+    assert by_chance - margin < overlap.mean() < 1.02 * by_chance + margin

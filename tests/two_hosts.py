@@ -1,0 +1,79 @@
+"""Two "hosts" on this machine: 127.0.0.2 and 127.0.0.3, served by a private sshd with keys of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from support import environment, free_port
+
+HOSTS = ("127.0.0.2", "127.0.0.3")
+
+
+class TwoHosts:
+    """A running sshd, and commands that reach it by plain `ssh` and `pdsh`."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self._bin = folder / "bin"
+        self._bin.mkdir()
+        config = folder / "ssh_config"
+        config.write_text(
+            f"Host *\n  Port {port}\n  IdentityFile {folder / 'key'}\n  IdentitiesOnly yes\n  BatchMode yes\n"
+            f"  StrictHostKeyChecking no\n  UserKnownHostsFile {folder / 'known_hosts'}\n  LogLevel ERROR\n"
+        )
+        wrapper = self._bin / "ssh"
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {config} "$@"\n')
+        wrapper.chmod(0o755)
+
+    def run(self, command: str, folder: Path) -> str:
+        """A shell command in `folder`, with `hosts` naming both and loopback for gloo; its output."""
+        (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
+        (folder / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\n")
+        env = environment()
+        env["PATH"] = f"{self._bin}{os.pathsep}{env['PATH']}"
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env=env, text=True, timeout=300, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        return done.stdout
+
+    def is_up(self) -> bool:
+        """Whether both hosts answer."""
+        return all(
+            subprocess.run([self._bin / "ssh", host, "true"], check=False, capture_output=True).returncode == 0
+            for host in HOSTS
+        )
+
+
+def start_two_hosts(folder: Path) -> Iterator[TwoHosts]:
+    """Start the sshd, hand out the hosts, stop it."""
+    for name in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    port = free_port()
+    settings = [
+        f"Port {port}", *(f"ListenAddress {host}" for host in HOSTS), f"HostKey {folder / 'host_key'}",
+        f"AuthorizedKeysFile {folder / 'key.pub'}", "StrictModes no", "PasswordAuthentication no", "UsePAM no",
+        "PermitRootLogin prohibit-password", f"PidFile {folder / 'sshd.pid'}", "MaxStartups 100",
+    ]  # fmt: skip
+    (folder / "sshd_config").write_text("\n".join(settings) + "\n")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    with open(folder / "sshd.log", "w") as log:
+        server = subprocess.Popen(
+            [shutil.which("sshd") or "/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config"], stderr=log
+        )
+    try:
+        hosts = TwoHosts(folder, port)
+        for _ in range(50):
+            if hosts.is_up():
+                break
+            assert server.poll() is None, (folder / "sshd.log").read_text()
+            time.sleep(0.1)
+        yield hosts
+    finally:
+        server.terminate()
+        server.wait()
