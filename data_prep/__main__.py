@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict, fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,15 @@ def _train_tokenizer(args: Any) -> None:
     with _bytes_bar("read corpus", sum(s.size_bytes for s in sources)) as bar:
         documents = read_documents(sources, args.document_per, bar.update)
         lines = (line for document in documents for line in document.lines)
+        first = next(lines, None)
+        if first is None:
+            raise ValueError(f"{', '.join(map(str, args.corpus))}: the corpus is empty: no text in it")
         tokenizer = train_tokenizer(
-            lines, args.tokenizer, vocab_size=args.vocab_size, algorithm=args.algorithm, cased=args.cased
+            chain([first], lines),
+            args.tokenizer,
+            vocab_size=args.vocab_size,
+            algorithm=args.algorithm,
+            cased=args.cased,
         )
     print(f"{args.tokenizer}: {args.algorithm}, {tokenizer.vocab_size:,} entries")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,7 +145,8 @@ def build(
 def _make_empty(folder: Path) -> None:
     """Make the folder, without what an interrupted build may have left in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in (*(f"{split}-*.h5" for split in SPLITS), ".*.partial"):
+    shards = [f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS]
+    for pattern in (*shards, *(f".{name}.partial" for name in (*shards, TOKENIZER))):
         for leftover in folder.glob(pattern):
             leftover.unlink()
 
@@ -173,11 +177,19 @@ class _Workers:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
+    def _submit(self, task: Callable[..., _T], *words: Any) -> Future[_T]:
+        """Submit a task; a process started for it inherits that Ctrl-C, which ends them all, is for the parent."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(task, *words)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
     def run(self, task: Callable[..., _T], arguments: Iterator[tuple[Any, ...]]) -> Iterator[_T]:
         pending: deque[Future[_T]] = deque()
         try:
             for words in arguments:
-                pending.append(self._pool.submit(task, *words))
+                pending.append(self._submit(task, *words))
                 if len(pending) >= self._max_pending:
                     yield pending.popleft().result()
             while pending:
@@ -200,7 +212,15 @@ _worker: _Worker  # set once in each worker process, so that tasks carry text an
 
 def _set_up_worker(tokenizer_path: Path, folder: Path, parameters: BuildParameters) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = _Worker(Tokenizer(tokenizer_path), folder, parameters)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _tokenize(

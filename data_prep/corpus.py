@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_prep.files import sha256_of_file
 DocumentPer = Literal["file", "blank_line"]
 MAX_DOCUMENT_BYTES = 256 * 2**20
 _SUFFIXES = (".txt", ".jsonl")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,21 @@ def find_sources(corpus: Sequence[Path]) -> list[Source]:
     for given in corpus:
         if given.is_dir():
             files = sorted(p for p in given.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-            sources += [Source(p, p.relative_to(given).as_posix(), p.stat().st_size) for p in files]
+            sources += [Source(p, _printable(p.relative_to(given).as_posix()), p.stat().st_size) for p in files]
         elif given.is_file():
             if given.suffix not in _SUFFIXES:
                 raise ValueError(f"{given}: expected a name that ends in {' or '.join(_SUFFIXES)}")
-            sources.append(Source(given, given.name, given.stat().st_size))
+            sources.append(Source(given, _printable(given.name), given.stat().st_size))
         else:
             raise FileNotFoundError(2, "no such corpus; --corpus takes text files or folders", str(given))
     if not sources:
         raise ValueError(f"{', '.join(map(str, corpus))}: no {' or '.join(_SUFFIXES)} file there")
     return sources
+
+
+def _printable(name: str) -> str:
+    """A file's name; bytes of it that are not UTF-8 as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def describe_sources(sources: Sequence[Source]) -> list[dict[str, object]]:
@@ -124,18 +131,22 @@ def _json_lines(source: Source, advance: Callable[[int], object]) -> Iterator[Do
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source.path}: line {number}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source.path}: line {number}: not JSON ({error})") from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise ValueError(f'{source.path}: line {number}: expected a JSON object with a string under "text"')
+        if _SURROGATE.search(text):
+            raise ValueError(f"{source.path}: line {number}: has half a surrogate pair, which is no character")
         yield from _document(text)
 
 
 def _raw_lines(source: Source, advance: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
     offset = 0
     with open(source.path, "rb") as file:
-        for raw in file:
+        while raw := file.readline(MAX_DOCUMENT_BYTES + 1):
+            if len(raw) > MAX_DOCUMENT_BYTES:
+                raise ValueError(f"{source.path}: a line of over {MAX_DOCUMENT_BYTES} bytes at byte {offset}; split it")
             yield offset, raw
             offset += len(raw)
             advance(len(raw))

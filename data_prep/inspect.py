@@ -45,6 +45,8 @@ def describe(data: DataSet) -> Iterator[str]:
 
 def show_samples(data: DataSet, split: Split, first: int, count: int, mask_set: int) -> Iterator[str]:
     """Each sample's text with its masks in place, and its turns in factorization order."""
+    if count < 1:
+        raise ValueError(f"--count {count}: expected at least 1")
     stop = min(first + count, data.num_samples(split))
     if not 0 <= first < stop:
         raise ValueError(f"--sample {first}: {split} has samples 0 to {data.num_samples(split) - 1}")

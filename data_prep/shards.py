@@ -81,7 +81,8 @@ def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_si
         **stacked,
     }
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
-        file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+        file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
+        file.attrs["version"] = VERSION
         for name, (dtype, array) in arrays.items():
             chunk_rows = min(CHUNK_SAMPLES, len(array))
             chunks = (chunk_rows, 1, array.shape[2]) if array.ndim == 3 else (chunk_rows, *array.shape[1:])
@@ -156,6 +157,7 @@ class DataSet:
             file = self._open(path)
             stored = {name: file[name][rows] for name in ("tokens", "length", "segment_boundary", "num_masked")}
             stored |= {name: file[name][rows, mask_set] for name in ("masked_positions", "turns", "shown")}
+            _refuse_lost_chunks(stored)
         except (OSError, KeyError, RuntimeError) as error:
             raise ValueError(_damaged(path, error)) from None
         return SampleBatch(
@@ -176,7 +178,7 @@ class DataSet:
         if len(self._open_files) >= _MAX_OPEN_FILES:
             self._open_files.popitem(last=False)[1].close()
         file = h5py.File(path, "r", locking=False)
-        if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
+        if file.attrs.get("format") != np.bytes_(FORMAT) or file.attrs.get("version") != VERSION:
             raise ValueError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
         return self._open_files.setdefault(path, file)
 
@@ -189,6 +191,13 @@ class DataSet:
 def concatenate(batches: list[SampleBatch]) -> SampleBatch:
     """The samples of all batches, one behind the other."""
     return SampleBatch(**{name: np.concatenate([vars(b)[name] for b in batches]) for name in vars(batches[0])})
+
+
+def _refuse_lost_chunks(stored: dict[str, np.ndarray]) -> None:
+    """A chunk that a crash has left as zeros has a right checksum: fletcher32 of zeros is zero."""
+    zeros = {name for name, array in stored.items() if not array.any()}
+    if zeros and zeros != {"num_masked", "masked_positions", "turns", "shown"}:  # no token could be masked: [UNK] alone
+        raise OSError(f"nothing but zeros in {', '.join(sorted(zeros))}")
 
 
 def _damaged(path: Path, error: BaseException) -> str:
@@ -219,6 +228,9 @@ def read_data_manifest(folder: Path) -> dict[str, Any]:
 def find_faults(folder: Path, advance: Any = lambda num_bytes: None) -> Iterator[str]:
     """Read every byte of a data set; one line for each thing that is wrong, nothing for a sound one."""
     manifest = read_data_manifest(folder)
+    if not (folder / TOKENIZER).is_file():
+        yield f"{TOKENIZER}: is missing"
+        return
     if (found := sha256_of_file(folder / TOKENIZER)) != manifest["tokenizer"]["sha256"]:
         yield f"{TOKENIZER}: SHA-256 is {found[:12]}, expected {manifest['tokenizer']['sha256'][:12]}"
         return
@@ -260,26 +272,38 @@ def _sample_faults(data: DataSet, split: Split, shard: int, num_samples: int) ->
 
 def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """The rules of the format, and for each of the B samples whether it keeps them."""
-    rows = np.arange(len(batch.length_B))[:, None]
-    slot_L = np.arange(batch.tokens_BL.shape[1])
+    max_length = batch.tokens_BL.shape[1]
+    rows = np.arange(len(batch.length_B))
     used_BP = batch.turns_BP > 0
-    is_text_BL = slot_L < batch.length_B[:, None]
-    maskable_B = (is_text_BL & ~np.isin(batch.tokens_BL, tokenizer.special_ids)).sum(axis=1)
-    originals_BP = batch.tokens_BL[rows, batch.positions_BP]
+    is_inside = (batch.length_B >= NUM_SPECIAL_TOKENS) & (batch.length_B <= max_length)
+    is_inside &= (batch.segment_boundary_B >= 1) & (batch.segment_boundary_B < batch.length_B)
+    is_inside &= (batch.positions_BP < max_length).all(axis=1)
+    length_B = np.clip(batch.length_B, 1, max_length)
+    boundary_B = np.clip(batch.segment_boundary_B, 1, max_length)
+    positions_BP = np.minimum(batch.positions_BP, max_length - 1)
+
+    is_text_BL = np.arange(max_length) < length_B[:, None]
+    is_special_BL = is_text_BL & np.isin(batch.tokens_BL, tokenizer.special_ids)
+    is_structure_BL = is_special_BL & (batch.tokens_BL != tokenizer.unk_id)
+    maskable_B = (is_text_BL & ~is_special_BL).sum(axis=1)
     times_masked = np.zeros(batch.tokens_BL.shape, dtype=np.int64)
-    np.add.at(times_masked, (np.broadcast_to(rows, used_BP.shape)[used_BP], batch.positions_BP[used_BP]), 1)
+    np.add.at(times_masked, (np.broadcast_to(rows[:, None], used_BP.shape)[used_BP], positions_BP[used_BP]), 1)
     turn_step_BP = np.diff(batch.turns_BP, axis=1, prepend=0)
     position_step_BP = np.diff(batch.positions_BP, axis=1, prepend=-2)
-    eos_BL = is_text_BL & (batch.tokens_BL == tokenizer.eos_id)
+    goes_on_BP = (turn_step_BP == 1) | ((turn_step_BP == 0) & (position_step_BP == 1))
+    in_vocabulary = [(ids < tokenizer.vocab_size).all(axis=1) for ids in (batch.tokens_BL, batch.shown_BP)]
+    is_masked_special_BP = ~(is_text_BL & ~is_special_BL)[rows[:, None], positions_BP] & used_BP
     return {
-        "every id is in the vocabulary": (batch.tokens_BL < tokenizer.vocab_size).all(1) & (batch.shown_BP < tokenizer.vocab_size).all(1),
+        "every id is in the vocabulary": in_vocabulary[0] & in_vocabulary[1],
+        "length, boundary and positions are inside the sample": is_inside,
         "[SOS] first, [EOS] last": (batch.tokens_BL[:, 0] == tokenizer.sos_id)
-        & (batch.tokens_BL[rows[:, 0], batch.length_B - 1] == tokenizer.eos_id),
-        "three special tokens, [EOS] before segment B": (eos_BL.sum(axis=1) == NUM_SPECIAL_TOKENS - 1)
-        & eos_BL[rows[:, 0], batch.segment_boundary_B - 1],
+        & (batch.tokens_BL[rows, length_B - 1] == tokenizer.eos_id),
+        "three special tokens, [EOS] before segment B": (is_structure_BL.sum(axis=1) == NUM_SPECIAL_TOKENS)
+        & (batch.tokens_BL[rows, boundary_B - 1] == tokenizer.eos_id)
+        & (boundary_B < length_B),
         "[PAD] behind the text": ((batch.tokens_BL == tokenizer.pad_id) == ~is_text_BL).all(axis=1),
         "15% are masked": (batch.num_masked_B == num_masked(maskable_B)) & (used_BP.sum(axis=1) == batch.num_masked_B),
-        "no special token is masked": ~(np.isin(originals_BP, tokenizer.special_ids) & used_BP).any(axis=1),
+        "no special token is masked": ~is_masked_special_BP.any(axis=1),
         "no position is masked twice": (times_masked <= 1).all(axis=1),
-        "turns count up from 1": (~used_BP | (turn_step_BP == 1) | ((turn_step_BP == 0) & (position_step_BP == 1))).all(axis=1),
-    }  # fmt: skip
+        "turns count up from 1": (~used_BP | goes_on_BP).all(axis=1),
+    }

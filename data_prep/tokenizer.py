@@ -78,26 +78,40 @@ def train_tokenizer(
     Raises ValueError if the text cannot support `vocab_size` entries.
     """
     model = io.BytesIO()
+    guarded = _Guarded(lines)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_bounded_lines(lines), model_writer=model, vocab_size=vocab_size, model_type=algorithm,
+            sentence_iterator=guarded.bounded_lines(), model_writer=model, vocab_size=vocab_size, model_type=algorithm,
             normalization_rule_name="nmt_nfkc" if cased else "nmt_nfkc_cf", character_coverage=0.9995,
             pad_id=0, unk_id=1, bos_id=2, eos_id=3, control_symbols=[MASK],
             pad_piece=PAD, unk_piece=UNK, bos_piece=SOS, eos_piece=EOS, unk_surface=f" {UNK} ",
             max_sentence_length=_TRAINING_LINE_BYTES, num_threads=_TRAINING_THREADS, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
+        if guarded.error:
+            raise guarded.error from None
         raise ValueError(_why_training_failed(str(error), vocab_size)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, model.getvalue())
     return Tokenizer(path)
 
 
-def _bounded_lines(lines: Iterable[str]) -> Iterator[str]:
-    step = _TRAINING_LINE_BYTES // 4  # a character is at most 4 bytes
-    for line in lines:
-        for start in range(0, len(line), step):
-            yield line[start : start + step]
+class _Guarded:
+    """Lines for SentencePiece, which would bury an exception of theirs in one of its own."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = lines
+        self.error: Exception | None = None
+
+    def bounded_lines(self) -> Iterator[str]:
+        step = _TRAINING_LINE_BYTES // 4  # a character is at most 4 bytes
+        try:
+            for line in self._lines:
+                for start in range(0, len(line), step):
+                    yield line[start : start + step]
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def _why_training_failed(message: str, vocab_size: int) -> str:

@@ -163,6 +163,7 @@ def test_leftovers_of_an_interrupted_build_are_cleaned_and_nothing_else(
     assert built == files_of(data_folder)
 
 
+@pytest.mark.slow
 def test_the_split_does_not_depend_on_names_and_order(entries: list[str], tmp_path: Path, build_data: Build) -> None:
     """The same documents, shuffled, in other files: the same texts on each side."""
     (tmp_path / "a.jsonl").write_text("\n".join(entries[:250]))
@@ -178,6 +179,7 @@ def test_the_split_does_not_depend_on_names_and_order(entries: list[str], tmp_pa
         assert first.total() > 50
 
 
+@pytest.mark.slow
 def test_copies_of_a_document_are_on_one_side(entries: list[str], tmp_path: Path, build_data: Build) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(entries))
     (tmp_path / "b.jsonl").write_text("\n".join(reversed(entries)))

@@ -118,12 +118,14 @@ def test_inspect_shows_the_stored_masks(
         assert f"{{{turn}:{piece}>" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, -3])
 def test_inspect_refuses_to_show_no_samples(data_prep_command: CommandLine, data_folder: Path, count: int) -> None:
     done = data_prep_command("inspect", "--data", data_folder, f"--count={count}")
     assert_one_line_of_error(done, "inspect", f"--count {count}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -156,6 +158,7 @@ def bad_corpora(tmp_path: Path, chapters: list[Path]) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train-tokenizer", "build"])
 @pytest.mark.parametrize(
     ("corpus", "words"),
@@ -184,6 +187,7 @@ def test_a_vocabulary_too_large(data_prep_command: CommandLine, bad_corpora: Pat
     assert not made.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -243,12 +247,16 @@ class FullDisk:
         self.mount_point.mkdir()
         self._unshare = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 
+    def is_possible(self) -> bool:
+        mount = f"mount -t tmpfs tmpfs {shlex.quote(str(self.mount_point))}"
+        return bool(shutil.which("unshare")) and run_command([*self._unshare, "sh", "-c", mount]).returncode == 0
+
     def run(self, size_bytes: int, *words: object, put: Path | None = None) -> Completed:
         """Run `python -m data_prep`, with a copy of `put` on the disk; what is then on the disk is copied to `left`."""
         command = shlex.join([sys.executable, "-m", "data_prep", *map(str, words)])
         disk = shlex.quote(str(self.mount_point))
-        script = f"mount -t tmpfs -o size={size_bytes} tmpfs {disk} || exit 99\n"
-        script += f"cp {shlex.quote(str(put))} {disk} || exit 98\n" if put else ""
+        script = f"mount -t tmpfs -o size={size_bytes} tmpfs {disk} || exit 1\n"
+        script += f"cp {shlex.quote(str(put))} {disk} || exit 1\n" if put else ""
         script += f"{command}\nstatus=$?\ncp -r {disk} {shlex.quote(str(self.left))}\nexit $status\n"
         return run_command([*self._unshare, "sh", "-c", script])
 
@@ -256,12 +264,12 @@ class FullDisk:
 @pytest.fixture
 def full_disk(tmp_path: Path) -> FullDisk:
     disk = FullDisk(tmp_path)
-    if disk.run(4096, "--help").returncode == 99 or not shutil.which("unshare"):
+    if not disk.is_possible():
         pytest.skip("this user may not mount a tmpfs, not even in a namespace of its own")
-    shutil.rmtree(disk.left)
     return disk
 
 
+@pytest.mark.slow
 def test_the_disk_is_full_for_a_tokenizer(full_disk: FullDisk, chapters: list[Path]) -> None:
     path = full_disk.mount_point / "tokenizer.model"
     done = full_disk.run(
@@ -271,6 +279,7 @@ def test_the_disk_is_full_for_a_tokenizer(full_disk: FullDisk, chapters: list[Pa
     assert list(full_disk.left.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_was_there_outlives_a_full_disk(
     full_disk: FullDisk, chapters: list[Path], tokenizer: Tokenizer
 ) -> None:
@@ -284,6 +293,7 @@ def test_a_tokenizer_that_was_there_outlives_a_full_disk(
     assert {p.name: p.read_bytes() for p in full_disk.left.iterdir()} == {path.name: tokenizer.path.read_bytes()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", ["nothing", "one shard", "all shards"])
 def test_the_disk_is_full_for_a_data_set(
     full_disk: FullDisk, chapters: list[Path], tokenizer: Tokenizer, data_folder: Path, fits: str

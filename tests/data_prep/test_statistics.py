@@ -188,7 +188,9 @@ def test_random_replacements_are_uniform_over_normal_ids(masked: MaskedCorpus, t
     assert np.isin(replaced, tokenizer.normal_ids).all()
     other_originals = used.sum() - np.bincount(originals[used], minlength=tokenizer.vocab_size)
     normal = tokenizer.normal_ids
-    assert_distributed(np.bincount(replaced, minlength=tokenizer.vocab_size)[normal], other_originals[normal])
+    counts = np.bincount(replaced, minlength=tokenizer.vocab_size)[normal]
+    assert counts.min() > 0, "each is drawn some 50 times"
+    assert_distributed(counts, other_originals[normal])
 
 
 def test_what_is_shown_does_not_depend_on_the_turn(masked: MaskedCorpus, tokenizer: Tokenizer) -> None:
