@@ -47,6 +47,8 @@ def show_samples(data: DataSet, split: Split, first: int, count: int, mask_set: 
     """Each sample's text with its masks in place, and its turns in factorization order."""
     if count < 1:
         raise ValueError(f"--count {count}: expected at least 1")
+    if not data.num_samples(split):
+        raise ValueError(f"{data.folder}: {split} has no samples")
     stop = min(first + count, data.num_samples(split))
     if not 0 <= first < stop:
         raise ValueError(f"--sample {first}: {split} has samples 0 to {data.num_samples(split) - 1}")

@@ -36,7 +36,7 @@ import h5py
 import numpy as np
 
 from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
-from data_prep.masking import MaskSet, num_masked
+from data_prep.masking import MAX_BLOCK_TOKENS, MaskSet, num_masked
 from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
 from data_prep.tokenizer import Tokenizer
 
@@ -132,6 +132,8 @@ class DataSet:
         self.parameters: dict[str, Any] = self.manifest["parameters"]
         self.max_length_tokens: int = self.parameters["max_length_tokens"]
         self.num_mask_sets: int = self.parameters["mask_sets"]
+        if not (folder / TOKENIZER).is_file():
+            raise ValueError(f"{folder / TOKENIZER}: is missing; put it back or build the data anew")
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
             raise ValueError(
@@ -276,7 +278,7 @@ def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndar
     rows = np.arange(len(batch.length_B))
     used_BP = batch.turns_BP > 0
     is_inside = (batch.length_B >= NUM_SPECIAL_TOKENS) & (batch.length_B <= max_length)
-    is_inside &= (batch.segment_boundary_B >= 1) & (batch.segment_boundary_B < batch.length_B)
+    is_inside &= (batch.segment_boundary_B >= NUM_SPECIAL_TOKENS) & (batch.segment_boundary_B <= batch.length_B - 2)
     is_inside &= (batch.positions_BP < max_length).all(axis=1)
     length_B = np.clip(batch.length_B, 1, max_length)
     boundary_B = np.clip(batch.segment_boundary_B, 1, max_length)
@@ -291,11 +293,13 @@ def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndar
     turn_step_BP = np.diff(batch.turns_BP, axis=1, prepend=0)
     position_step_BP = np.diff(batch.positions_BP, axis=1, prepend=-2)
     goes_on_BP = (turn_step_BP == 1) | ((turn_step_BP == 0) & (position_step_BP == 1))
+    may_be_shown = np.append(tokenizer.normal_ids, tokenizer.mask_id)
+    block_tokens = np.stack([(batch.turns_BP == turn).sum(axis=1) for turn in range(1, used_BP.shape[1] + 1)])
     in_vocabulary = [(ids < tokenizer.vocab_size).all(axis=1) for ids in (batch.tokens_BL, batch.shown_BP)]
     is_masked_special_BP = ~(is_text_BL & ~is_special_BL)[rows[:, None], positions_BP] & used_BP
     return {
         "every id is in the vocabulary": in_vocabulary[0] & in_vocabulary[1],
-        "length, boundary and positions are inside the sample": is_inside,
+        "length, boundary and positions are inside the sample, no segment is empty": is_inside,
         "[SOS] first, [EOS] last": (batch.tokens_BL[:, 0] == tokenizer.sos_id)
         & (batch.tokens_BL[rows, length_B - 1] == tokenizer.eos_id),
         "three special tokens, [EOS] before segment B": (is_structure_BL.sum(axis=1) == NUM_SPECIAL_TOKENS)
@@ -306,4 +310,6 @@ def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndar
         "no special token is masked": ~is_masked_special_BP.any(axis=1),
         "no position is masked twice": (times_masked <= 1).all(axis=1),
         "turns count up from 1": (~used_BP | goes_on_BP).all(axis=1),
+        "a turn has at most 6 tokens": (block_tokens <= MAX_BLOCK_TOKENS).all(axis=0),
+        "[MASK] or a text token is shown": (~used_BP | np.isin(batch.shown_BP, may_be_shown)).all(axis=1),
     }

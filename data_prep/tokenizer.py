@@ -61,7 +61,7 @@ class Tokenizer:
         return np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens are left out."""
+        """Text of the ids; special tokens are left out, an unknown one is " [UNK] "."""
         return str(self._model.decode([int(i) for i in ids]))
 
     def piece(self, token_id: int) -> str:

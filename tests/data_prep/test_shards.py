@@ -198,6 +198,14 @@ SHARE, SPECIAL = "15% are masked", "no special token is masked"
 ONCE, TURNS, ANY_RULE = "no position is masked twice", "turns count up from 1", ""
 
 
+def merge_turns(sample: SampleBatch, length_tokens: int) -> None:
+    """Make the first turns one block of so many tokens, and what is left turns of their own."""
+    num_masked = int(sample.num_masked_B[0])
+    first = int(sample.positions_BP[0, 0])
+    sample.positions_BP[0, :length_tokens] = np.arange(first, first + length_tokens)
+    sample.turns_BP[0, :num_masked] = np.maximum(1, np.arange(1, num_masked + 1) - length_tokens + 1)
+
+
 BREACHES: dict[str, tuple[str, Callable[[SampleBatch, Tokenizer], None]]] = {
     "token beyond the vocabulary": (IDS, lambda s, t: s.tokens_BL.put(7, t.vocab_size)),
     "shown id beyond the vocabulary": (IDS, lambda s, t: s.shown_BP.put(0, t.vocab_size)),
@@ -227,6 +235,9 @@ BREACHES: dict[str, tuple[str, Callable[[SampleBatch, Tokenizer], None]]] = {
     "turns leave one out": (TURNS, lambda s, t: s.turns_BP.put(s.num_masked_B - 1, s.turns_BP.max() + 2)),
     "turns count down": (TURNS, lambda s, t: s.turns_BP.put(s.num_masked_B - 1, 1)),
     "a turn in two places": (TURNS, lambda s, t: s.turns_BP.put(range(s.turns_BP.size), s.turns_BP > 0)),
+    "a turn of seven tokens": ("a turn has at most 6", lambda s, t: merge_turns(s, 7)),
+    "a special id shown": ("text token is shown", lambda s, t: s.shown_BP.put(0, t.eos_id)),
+    "segment B empty": ("no segment is empty", lambda s, t: s.segment_boundary_B.put(0, s.length_B - 1)),
     "position beyond the sample": (ANY_RULE, lambda s, t: s.positions_BP.put(0, MAX_LENGTH)),
     "length beyond the sample": (ANY_RULE, lambda s, t: s.length_B.put(0, MAX_LENGTH + 1)),
     "length 0": (ANY_RULE, lambda s, t: s.length_B.put(0, 0)),
