@@ -264,8 +264,7 @@ class FullDisk:
 @pytest.fixture
 def full_disk(tmp_path: Path) -> FullDisk:
     disk = FullDisk(tmp_path)
-    if not disk.is_possible():
-        pytest.skip("this user may not mount a tmpfs, not even in a namespace of its own")
+    assert disk.is_possible(), "this user may not mount a tmpfs, not even in a namespace of its own"
     return disk
 
 

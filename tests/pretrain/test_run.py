@@ -201,7 +201,7 @@ def test_foreign_or_damaged_data(config: Path, data_folder: Path, tmp_path: Path
     elif victim == "manifest.json":
         manifest = json.loads((folder / victim).read_text()) | {"version": 99}
         (folder / victim).write_text(json.dumps(manifest))
-        words = ["format version 99", "build the data anew"]
+        words = ["format version 99", "build it anew"]
     else:
         content = bytearray((folder / victim).read_bytes())
         for place in range(2000, len(content), 2000):
