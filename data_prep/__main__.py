@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,8 +12,17 @@ from typing import Any
 
 from data_prep import inspect
 from data_prep.build import BuildParameters, build
-from data_prep.console import ArgumentParser, add_flags, available_cores, flag_values, progress_bar, run_command
-from data_prep.corpus import find_sources, read_documents
+from data_prep.console import (
+    USER_ERROR_STATUS,
+    ArgumentParser,
+    add_flags,
+    available_cores,
+    flag_values,
+    progress_bar,
+    run_command,
+)
+from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.processes import LocalProcesses, MPIProcesses, launched_by_mpi
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
 from data_prep.tokenizer import train_tokenizer
 
@@ -39,7 +48,7 @@ def make_parser() -> ArgumentParser:
     def takes_corpus(sub: ArgumentParser) -> None:
         sub.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
                          help=".txt and .jsonl files (one object a line, text under \"text\"), or folders of them")  # fmt: skip
-        add_flags(sub, BuildParameters, only=["document_per"])
+        add_flags(sub, ReadSettings)
 
     def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
         sub.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer.model"), help=what)
@@ -62,8 +71,10 @@ def make_parser() -> ArgumentParser:
     takes_corpus(sub)
     takes_tokenizer(sub, "SentencePiece model made by train-tokenizer")
     takes_data(sub)
-    add_flags(sub, BuildParameters, only=[f.name for f in fields(BuildParameters) if f.name != "document_per"])
-    sub.add_argument("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
+    add_flags(sub, BuildParameters)
+    sub.add_argument("--workers", type=int, metavar="N",
+                     help="processes on this machine (default: its cores); under mpirun or srun the ranks do the work. "
+                          "The bytes do not depend on it")  # fmt: skip
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
     takes_data(sub)
@@ -100,16 +111,30 @@ def _train_tokenizer(args: Any) -> None:
 
 
 def _build(args: Any) -> None:
-    if args.workers < 1:
+    is_mpi = launched_by_mpi()
+    if is_mpi and args.workers is not None:
+        raise ValueError("--workers is for one machine; under MPI the ranks do the work: leave it out")
+    if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
     parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
-    made = build(args.corpus, args.tokenizer, args.data, parameters, workers=args.workers, bar=_bytes_bar)
+    reading = ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+    with MPIProcesses() if is_mpi else LocalProcesses(args.workers or available_cores()) as processes:
+        try:
+            bar = partial(progress_bar, is_shown=processes.is_main)
+            made = build(args.corpus, args.tokenizer, args.data, parameters, reading, processes, bar)
+        except (ValueError, OSError):
+            if processes.is_main:
+                raise
+            raise SystemExit(USER_ERROR_STATUS) from None  # the main process tells why
+    if processes.is_main:
+        _tell_what_was_built(args.data, made)
+
+
+def _tell_what_was_built(folder: Path, made: bool) -> None:
     if not made:
-        print(
-            f"{args.data}: already made from this corpus, tokenizer and parameters {asdict(parameters)}; nothing to do"
-        )
+        print(f"{folder}: already made from this corpus, tokenizer and parameters; nothing to do")
         return
-    data = DataSet(args.data)
+    data = DataSet(folder)
     print("\n".join(inspect.describe(data)))
     if not data.num_samples("validation"):
         print("note: no document fell to validation; with more documents, or a larger --validation_fraction, some will")

@@ -62,42 +62,56 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_size: int) -> dict[str, Any]:
-    """Write one shard, whole or not at all; returns its entry of the manifest.
+class ShardWriter:
+    """Writes a shard, whole or not at all, from blocks of samples.
 
     The file is built in memory: what HDF5 would write piece by piece to a full disk is one plain write.
     """
-    token = token_dtype(vocab_size)
-    stacked = {
-        "masked_positions": (np.uint16, np.stack([m.positions_BP for m in mask_sets], axis=1)),
-        "turns": (np.uint16, np.stack([m.turns_BP for m in mask_sets], axis=1)),
-        "shown": (token, np.stack([m.shown_BP for m in mask_sets], axis=1)),
-    }
-    arrays: dict[str, tuple[type, np.ndarray]] = {
-        "tokens": (token, samples.tokens_BL),
-        "length": (np.uint16, samples.length_B),
-        "segment_boundary": (np.uint16, samples.segment_boundary_B),
-        "num_masked": (np.uint16, mask_sets[0].num_masked_B),
-        **stacked,
-    }
-    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
-        file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
-        file.attrs["version"] = VERSION
-        for name, (dtype, array) in arrays.items():
-            chunk_rows = min(CHUNK_SAMPLES, len(array))
-            chunks = (chunk_rows, 1, array.shape[2]) if array.ndim == 3 else (chunk_rows, *array.shape[1:])
-            file.create_dataset(name, data=array.astype(dtype), chunks=chunks, fletcher32=True)
-        file.flush()
-        image = file.id.get_file_image()
-    write_whole(path, image)
-    return {
-        "file": path.name,
-        "num_samples": len(samples.tokens_BL),
-        "num_tokens": int(samples.length_B.sum()),
-        "num_masked": int(mask_sets[0].num_masked_B.sum()),
-        "size_bytes": len(image),
-        "sha256": hashlib.sha256(image).hexdigest(),
-    }
+
+    def __init__(self, path: Path, num_samples: int, max_length_tokens: int, mask_sets: int, max_masked_tokens: int,
+                 vocab_size: int) -> None:  # fmt: skip
+        self._path, self._num_samples, self._num_written = path, num_samples, 0
+        self._counts = {"num_tokens": 0, "num_masked": 0}
+        self._file = h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest")
+        self._file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
+        self._file.attrs["version"] = VERSION
+        token, rows = token_dtype(vocab_size), min(CHUNK_SAMPLES, num_samples)
+        masks = (num_samples, mask_sets, max_masked_tokens)
+        shapes: dict[str, tuple[type, tuple[int, ...]]] = {
+            "tokens": (token, (num_samples, max_length_tokens)), "length": (np.uint16, (num_samples,)),
+            "segment_boundary": (np.uint16, (num_samples,)), "num_masked": (np.uint16, (num_samples,)),
+            "masked_positions": (np.uint16, masks), "turns": (np.uint16, masks), "shown": (token, masks),
+        }  # fmt: skip
+        for name, (dtype, shape) in shapes.items():
+            chunks = (rows, 1, shape[2]) if len(shape) == 3 else (rows, *shape[1:])
+            self._file.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)
+
+    def write(self, samples: Samples, mask_sets: list[MaskSet]) -> None:
+        """Append a block of samples: a whole number of chunks, but for the last one."""
+        rows = slice(self._num_written, self._num_written + len(samples.length_B))
+        self._file["tokens"][rows] = samples.tokens_BL
+        self._file["length"][rows] = samples.length_B
+        self._file["segment_boundary"][rows] = samples.segment_boundary_B
+        self._file["num_masked"][rows] = mask_sets[0].num_masked_B
+        for k, masks in enumerate(mask_sets):
+            self._file["masked_positions"][rows, k] = masks.positions_BP
+            self._file["turns"][rows, k] = masks.turns_BP
+            self._file["shown"][rows, k] = masks.shown_BP
+        self._counts["num_tokens"] += int(samples.length_B.sum())
+        self._counts["num_masked"] += int(mask_sets[0].num_masked_B.sum())
+        self._num_written = rows.stop
+
+    def finish(self) -> dict[str, Any]:
+        """Put the file in its place; returns its entry of the manifest."""
+        assert self._num_written == self._num_samples
+        self._file.flush()
+        image = self._file.id.get_file_image()
+        self._file.close()
+        write_whole(self._path, image)
+        return {
+            "file": self._path.name, "num_samples": self._num_samples, **self._counts, "size_bytes": len(image),
+            "sha256": hashlib.sha256(image).hexdigest(),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

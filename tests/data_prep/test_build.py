@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from support import REPOSITORY, environment
 
 from data_prep import build as build_module
 from data_prep.build import BuildParameters
-from data_prep.corpus import find_sources, read_documents
+from data_prep.corpus import ReadSettings, find_sources, plan_units, read_documents
 from data_prep.masking import draw_mask_set
 from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, Split, find_faults
 from data_prep.tokenizer import Tokenizer, train_tokenizer
@@ -53,10 +54,10 @@ def entries(sample_corpus: Path) -> list[str]:
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
     sample_corpus: Path, tmp_path: Path, build_data: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor on how much text a worker is handed at a time. Nor on the time: three builds are seconds apart."""
+    """Nor on how much text a process reads at a time. Nor on the time: three builds are seconds apart."""
     corpus = [sample_corpus / "devils_dictionary.jsonl", *sorted(sample_corpus.rglob("chapter_[0-2]*.txt"))]
-    for workers, batch_characters in [(1, 2**20), (2, 20_000), (3, 1_000)]:
-        monkeypatch.setattr(build_module, "_BATCH_CHARACTERS", batch_characters)
+    for workers, unit_bytes in [(1, 2**20), (2, 20_000), (3, 1_000)]:
+        monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_bytes=unit_bytes))
         folder = tmp_path / str(workers)
         assert build_data(corpus, folder, workers=workers, mask_sets=2, validation_fraction=0.2)
     one, two, three = (files_of(tmp_path / str(workers)) for workers in (1, 2, 3))
@@ -97,8 +98,7 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     manifest = json.loads((data_folder / MANIFEST).read_bytes())
     assert [source["name"] for source in manifest["sources"]] == [chapter.name for chapter in chapters[:9]]
     assert manifest["parameters"] == {
-        "max_length_tokens": 64, "mask_sets": 2, "validation_fraction": 0.2, "document_per": "file",
-        "shard_samples": 128, "seed": 0,
+        "max_length_tokens": 64, "mask_sets": 2, "validation_fraction": 0.2, "shard_samples": 128, "seed": 0, "document_per": "file",
     }  # fmt: skip
     documents = manifest["documents"]
     assert documents["train"] + documents["validation"] == 9
@@ -204,7 +204,7 @@ def test_short_documents_are_counted_and_left_out(entries: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
-        ("A chaise.\n\nAnd four.", {"document_per": "blank_line"}, "each of the 2 documents has fewer than 8 tokens"),
+        ("A chaise.\n\nAnd four.", {"reading": ReadSettings("blank_line")}, "each of the 2 documents has fewer than 8 tokens"),
         (" \n\n", {}, "the corpus is empty"),
         ("It is a truth universally acknowledged. " * 3, {"validation_fraction": 0.999999}, "all 1 documents fell to val"),
     ],
@@ -289,7 +289,9 @@ class RunningBuild:
     def wait(self) -> list[str]:
         """Lines on stderr, without those of the progress bar."""
         _, errors = self.process.communicate(timeout=60)
-        return [line for line in errors.splitlines() if not line.startswith("tokenize and mask:")]
+        return [
+            line for line in errors.splitlines() if not line.startswith(("read input:", "tokenize:", "draw masks:"))
+        ]
 
     def stop(self) -> None:
         if self.members():

@@ -21,7 +21,7 @@ from data_prep.tokenizer import Tokenizer
 Completed = subprocess.CompletedProcess[str]
 CommandLine = Callable[..., Completed]
 COMMANDS = ["train-tokenizer", "build", "inspect", "verify"]
-BARS = ("read corpus:", "tokenize and mask:", "verify:")
+BARS = ("read corpus:", "read input:", "tokenize:", "draw masks:", "verify:")
 SMALL = ["--max-length-tokens", "64", "--shard-samples", "128", "--workers", "1"]
 
 
@@ -177,7 +177,7 @@ def test_a_bad_corpus(
     flags = {"train-tokenizer": ["--tokenizer", made], "build": ["--tokenizer", tokenizer.path, "--data", made, *SMALL]}
     done = data_prep_command(command, "--corpus", bad_corpora / corpus, *flags[command])
     assert_one_line_of_error(done, command, bad_corpora / corpus, *words)
-    assert not made.exists() or list(made.iterdir()) == []
+    assert not made.exists() or [path.name for path in made.iterdir()] in ([], [".work"])
 
 
 def test_a_vocabulary_too_large(data_prep_command: CommandLine, bad_corpora: Path) -> None:
@@ -300,7 +300,10 @@ def test_the_disk_is_full_for_a_data_set(
     """No data set, and no shard but whole ones; the file named is the one that did not fit."""
     whole = {path.name: path.read_bytes() for path in data_folder.iterdir()}
     shards_bytes = [len(whole[name]) for name in sorted(whole) if name.endswith(".h5")]
-    size_bytes = {"nothing": 2**14, "one shard": shards_bytes[0] + 2**14, "all shards": sum(shards_bytes) + 2**16}[fits]
+    unit_bytes = 2**16 + 2**14  # the texts of the nine chapters, which are there beside the shards
+    size_bytes = (
+        unit_bytes + {"nothing": 2**14, "one shard": shards_bytes[0] + 2**14, "all shards": sum(shards_bytes)}[fits]
+    )
     data = full_disk.mount_point / "pretrain"
     done = full_disk.run(
         size_bytes, "build", "--corpus", *chapters[:9], "--tokenizer", tokenizer.path, "--data", data, *SMALL,
@@ -308,7 +311,7 @@ def test_the_disk_is_full_for_a_data_set(
     )  # fmt: skip
     failed = {"nothing": "train-00000.h5", "one shard": "train-00001.h5", "all shards": TOKENIZER}[fits]
     assert_one_line_of_error(done, "build", f"{data / failed}: No space left on device")
-    left = {path.name: path.read_bytes() for path in (full_disk.left / "pretrain").iterdir()}
+    left = {path.name: path.read_bytes() for path in (full_disk.left / "pretrain").iterdir() if path.is_file()}
     assert failed not in left
     assert MANIFEST not in left
     assert left.items() <= whole.items()
