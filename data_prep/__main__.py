@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from itertools import chain
@@ -22,7 +23,8 @@ from data_prep.console import (
     run_command,
 )
 from data_prep.corpus import ReadSettings, find_sources, read_documents
-from data_prep.processes import LocalProcesses, MPIProcesses, launched_by_mpi
+from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
+from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
 from data_prep.tokenizer import train_tokenizer
 
@@ -56,6 +58,11 @@ def make_parser() -> ArgumentParser:
     def takes_data(sub: ArgumentParser) -> None:
         sub.add_argument("--data", type=Path, default=Path("data/pretrain"), help="folder of the data set")
 
+    def takes_workers(sub: ArgumentParser) -> None:
+        sub.add_argument("--workers", type=int, metavar="N",
+                         help="processes on this machine (default: its cores); under mpirun or srun the ranks do the work. "
+                              "The bytes do not depend on it")  # fmt: skip
+
     sub = command("train-tokenizer", _train_tokenizer, "Train a SentencePiece tokenizer on a corpus.")
     takes_corpus(sub)
     takes_tokenizer(sub, "file to write")
@@ -72,9 +79,13 @@ def make_parser() -> ArgumentParser:
     takes_tokenizer(sub, "SentencePiece model made by train-tokenizer")
     takes_data(sub)
     add_flags(sub, BuildParameters)
-    sub.add_argument("--workers", type=int, metavar="N",
-                     help="processes on this machine (default: its cores); under mpirun or srun the ranks do the work. "
-                          "The bytes do not depend on it")  # fmt: skip
+    takes_workers(sub)
+
+    sub = command("remask", _remask, "Draw new mask sets for a data set, without tokenizing again.")
+    takes_data(sub)
+    sub.add_argument("--output", type=Path, required=True, help="folder of the new data set")
+    add_flags(sub, BuildParameters, only=["mask_sets", "seed"])
+    takes_workers(sub)
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
     takes_data(sub)
@@ -111,23 +122,33 @@ def _train_tokenizer(args: Any) -> None:
 
 
 def _build(args: Any) -> None:
+    parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
+    reading = ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+    _with_processes(
+        args, args.data, lambda *how: build(args.corpus, args.tokenizer, args.data, parameters, reading, *how)
+    )
+
+
+def _remask(args: Any) -> None:
+    _with_processes(args, args.output, lambda *how: remask(args.data, args.output, args.seed, args.mask_sets, *how))
+
+
+def _with_processes(args: Any, folder: Path, make: Callable[[Processes, Any], bool]) -> None:
+    """Make a data set with the processes that the command line or the MPI launcher gives, and tell what came of it."""
     is_mpi = launched_by_mpi()
     if is_mpi and args.workers is not None:
         raise ValueError("--workers is for one machine; under MPI the ranks do the work: leave it out")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
-    parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
-    reading = ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
     with MPIProcesses() if is_mpi else LocalProcesses(args.workers or available_cores()) as processes:
         try:
-            bar = partial(progress_bar, is_shown=processes.is_main)
-            made = build(args.corpus, args.tokenizer, args.data, parameters, reading, processes, bar)
+            made = make(processes, partial(progress_bar, is_shown=processes.is_main))
         except (ValueError, OSError):
             if processes.is_main:
                 raise
             raise SystemExit(USER_ERROR_STATUS) from None  # the main process tells why
     if processes.is_main:
-        _tell_what_was_built(args.data, made)
+        _tell_what_was_built(folder, made)
 
 
 def _tell_what_was_built(folder: Path, made: bool) -> None:

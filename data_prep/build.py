@@ -31,10 +31,11 @@ from data_prep.masking import (
     MIN_BLOCK_TOKENS,
     SHOW_MASK_PROBABILITY,
     SHOW_RANDOM_PROBABILITY,
+    MaskSet,
     draw_mask_set,
     max_masked,
 )  # fmt: skip
-from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS, assemble, cut_into_texts
+from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS, Samples, assemble, cut_into_texts
 from data_prep.processes import Processes
 from data_prep.shards import (
     CHUNK_SAMPLES,
@@ -54,8 +55,8 @@ from data_prep.tokenizer import Tokenizer
 WORK = ".work"
 _PLAN = "plan.json"
 _SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
-_BLOCK_SAMPLES = 8 * CHUNK_SAMPLES  # samples in memory at a time while a shard is written
-_FIRST_VALIDATION_SAMPLE = 2**48  # so that no two samples of a data set share their draws
+BLOCK_SAMPLES = 8 * CHUNK_SAMPLES  # samples in memory at a time while a shard is written
+_FIRST_VALIDATION_SAMPLE = 2**48
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,25 @@ def _declare_whole(
     shutil.rmtree(folder / WORK)
 
 
+def number_of_sample(split: Split, index: int) -> int:
+    """The number that a sample's random choices depend on; no two samples of a data set share one."""
+    return index + (_FIRST_VALIDATION_SAMPLE if split == "validation" else 0)
+
+
+def draw_mask_sets(
+    samples: Samples, tokenizer: Tokenizer, parameters: BuildParameters, first_sample: int
+) -> list[MaskSet]:
+    """All mask sets of samples number first_sample .."""
+    return [
+        draw_mask_set(
+            samples.tokens_BL, samples.length_B, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
+            mask_id=tokenizer.mask_id, max_masked_tokens=parameters.max_masked_tokens, seed=parameters.seed,
+            first_sample=first_sample, mask_set=mask_set,
+        )
+        for mask_set in range(parameters.mask_sets)
+    ]  # fmt: skip
+
+
 def _unit_file(folder: Path, unit: int, suffix: str) -> Path:
     return folder / WORK / f"unit-{unit:08d}.{suffix}"
 
@@ -350,22 +370,13 @@ def _write_shard(shard: _ShardPlan) -> int:
         parameters.mask_sets, parameters.max_masked_tokens, tokenizer.vocab_size,
     )  # fmt: skip
     texts = _texts_of(shard)
-    for block in range(0, shard.num_samples, _BLOCK_SAMPLES):
-        first_sample = shard.index * parameters.shard_samples + block
-        first_sample += _FIRST_VALIDATION_SAMPLE if shard.split == "validation" else 0
-        in_block = min(_BLOCK_SAMPLES, shard.num_samples - block)
+    for block in range(0, shard.num_samples, BLOCK_SAMPLES):
+        first_sample = number_of_sample(shard.split, shard.index * parameters.shard_samples + block)
+        in_block = min(BLOCK_SAMPLES, shard.num_samples - block)
         samples = assemble(
             [next(texts) for _ in range(in_block)], parameters.max_length_tokens, seed=parameters.seed,
             first_sample=first_sample, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
         )  # fmt: skip
-        writer.write(samples, [
-            draw_mask_set(
-                samples.tokens_BL, samples.length_B, special_ids=tokenizer.special_ids,
-                normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
-                max_masked_tokens=parameters.max_masked_tokens, seed=parameters.seed, first_sample=first_sample,
-                mask_set=mask_set,
-            )
-            for mask_set in range(parameters.mask_sets)
-        ])  # fmt: skip
+        writer.write(samples, draw_mask_sets(samples, tokenizer, parameters, first_sample))
     write_json(_shard_file(_worker.folder, shard), writer.finish())
     return shard.num_samples

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from support import REPOSITORY, environment
 
 from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer
-from support import REPOSITORY, environment
 
 pytestmark = pytest.mark.slow
 
