@@ -161,33 +161,3 @@ def _decode(source: Source, raw: bytes, offset: int) -> str:
             f"{source.path}: not UTF-8 at byte {position} (found 0x{raw[error.start]:02x}); convert it, for example with iconv"
         ) from None
     return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-@dataclass(frozen=True)
-class ReadSettings:
-    """How documents are found in the input."""
-
-    document_per: DocumentPer = "file"
-    """What is a document in a .txt file: the file, or what stands between blank lines."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    pieces: tuple[int, ...]
-    size_bytes: int
-
-
-def plan_units(sources, settings, unit_bytes=8 * 2**20):
-    units, pending = [], []
-    for i, s in enumerate(sources):
-        pending.append(i)
-        if sum(sources[j].size_bytes for j in pending) >= unit_bytes:
-            units.append(Unit(tuple(pending), sum(sources[j].size_bytes for j in pending)))
-            pending = []
-    if pending:
-        units.append(Unit(tuple(pending), sum(sources[j].size_bytes for j in pending)))
-    return units
-
-
-def read_unit(sources, unit, settings):
-    return read_documents([sources[i] for i in unit.pieces], settings.document_per)
