@@ -13,7 +13,8 @@ from typing import Any
 from data_prep import inspect
 from data_prep.build import BuildParameters, build
 from data_prep.console import ArgumentParser, add_flags, available_cores, flag_values, progress_bar, run_command
-from data_prep.corpus import find_sources, read_documents
+from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.formats import EXPECTED_NAMES
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
 from data_prep.tokenizer import train_tokenizer
 
@@ -38,8 +39,8 @@ def make_parser() -> ArgumentParser:
 
     def takes_corpus(sub: ArgumentParser) -> None:
         sub.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
-                         help=".txt and .jsonl files (one object a line, text under \"text\"), or folders of them")  # fmt: skip
-        add_flags(sub, BuildParameters, only=["document_per"])
+                         help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
+        add_flags(sub, ReadSettings)
 
     def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
         sub.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer.model"), help=what)
@@ -62,7 +63,7 @@ def make_parser() -> ArgumentParser:
     takes_corpus(sub)
     takes_tokenizer(sub, "SentencePiece model made by train-tokenizer")
     takes_data(sub)
-    add_flags(sub, BuildParameters, only=[f.name for f in fields(BuildParameters) if f.name != "document_per"])
+    add_flags(sub, BuildParameters)
     sub.add_argument("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
@@ -81,10 +82,14 @@ def make_parser() -> ArgumentParser:
 _bytes_bar = partial(progress_bar, unit="B")
 
 
+def _reading(args: Any) -> ReadSettings:
+    return ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+
+
 def _train_tokenizer(args: Any) -> None:
     sources = find_sources(args.corpus)
     with _bytes_bar("read corpus", sum(s.size_bytes for s in sources)) as bar:
-        documents = read_documents(sources, args.document_per, bar.update)
+        documents = read_documents(sources, _reading(args), bar.update)
         lines = (line for document in documents for line in document.lines)
         first = next(lines, None)
         if first is None:
@@ -103,10 +108,14 @@ def _build(args: Any) -> None:
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
     parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
-    made = build(args.corpus, args.tokenizer, args.data, parameters, workers=args.workers, bar=_bytes_bar)
+    reading = _reading(args)
+    made = build(
+        args.corpus, args.tokenizer, args.data, parameters, workers=args.workers, bar=_bytes_bar, reading=reading
+    )
     if not made:
         print(
-            f"{args.data}: already made from this corpus, tokenizer and parameters {asdict(parameters)}; nothing to do"
+            f"{args.data}: already made from this corpus, tokenizer and parameters "
+            f"{asdict(parameters) | asdict(reading)}; nothing to do"
         )
         return
     data = DataSet(args.data)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data_prep.corpus import Document, DocumentPer, describe_sources, find_sources, read_documents
+from data_prep.corpus import DEFAULT_READING, Document, ReadSettings, describe_sources, find_sources, read_documents
 from data_prep.files import write_whole
 from data_prep.masking import (
     BLOCK_PROBABILITY,
@@ -57,8 +57,6 @@ class BuildParameters:
     """Pre-sampled mask sets of each sample; epoch e of the training uses set e mod K."""
     validation_fraction: float = 0.05
     """Share of the documents, chosen by their hash, that training never sees."""
-    document_per: DocumentPer = "file"
-    """What is a document in a .txt file: the file, or what stands between blank lines."""
     shard_samples: int = 16_384
     """Samples a shard; a multiple of 128, the samples of an HDF5 chunk."""
     seed: int = 0
@@ -93,7 +91,14 @@ Bar = Callable[[str, int], Any]
 
 
 def build(
-    corpus: list[Path], tokenizer_path: Path, folder: Path, parameters: BuildParameters, *, workers: int, bar: Bar
+    corpus: list[Path],
+    tokenizer_path: Path,
+    folder: Path,
+    parameters: BuildParameters,
+    *,
+    workers: int,
+    bar: Bar,
+    reading: ReadSettings = DEFAULT_READING,
 ) -> bool:
     """Make the data set `folder`; returns False, having done nothing, if it is there already, made from the same.
 
@@ -102,7 +107,7 @@ def build(
     sources = find_sources(corpus)
     tokenizer = Tokenizer(tokenizer_path)
     made_from = {
-        "parameters": asdict(parameters),
+        "parameters": {**asdict(parameters), **asdict(reading)},
         "tokenizer": {"file": TOKENIZER, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "sources": describe_sources(sources),
     }
@@ -122,7 +127,7 @@ def build(
         bar("tokenize and mask", total_bytes) as progress,
         _Workers(workers, tokenizer_path, folder, parameters) as pool,
     ):
-        documents = read_documents(sources, parameters.document_per, progress.update)
+        documents = read_documents(sources, reading, progress.update)
         for split, entry in _write_shards(pool, _tokenize(pool, documents, counts), parameters):
             splits[split].append(entry)
     if not splits["train"]:

@@ -15,7 +15,7 @@ from support import REPOSITORY, run_command
 
 from data_prep.build import BuildParameters, build
 from data_prep.console import progress_bar
-from data_prep.corpus import find_sources, read_documents
+from data_prep.corpus import ReadSettings, find_sources, read_documents
 from data_prep.packing import Samples, assemble
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 
@@ -57,14 +57,15 @@ def assemble_texts(tokenizer: Tokenizer) -> Callable[..., Samples]:
 
 @pytest.fixture(scope="session")
 def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
-    """`build` without a progress bar; `settings` are BuildParameters besides short samples and small shards."""
+    """`build` without a progress bar; `settings`: ReadSettings, and BuildParameters besides short samples and small shards."""
 
     def run(
         corpus: list[Path], folder: Path, *, workers: int = 1, tokenizer_path: Path = tokenizer.path, **settings: Any
     ) -> bool:
+        reading = ReadSettings(**{k: settings.pop(k) for k in ("document_per", "text_field") if k in settings})
         parameters = BuildParameters(**{"max_length_tokens": 64, "shard_samples": 128, **settings})
         no_bar = partial(progress_bar, unit="B", is_shown=False)
-        return build(corpus, tokenizer_path, folder, parameters, workers=workers, bar=no_bar)
+        return build(corpus, tokenizer_path, folder, parameters, workers=workers, bar=no_bar, reading=reading)
 
     return run
 
