@@ -23,6 +23,7 @@ from data_prep.console import (
     run_command,
 )
 from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.formats import EXPECTED_NAMES
 from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
 from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
@@ -49,7 +50,7 @@ def make_parser() -> ArgumentParser:
 
     def takes_corpus(sub: ArgumentParser) -> None:
         sub.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
-                         help=".txt and .jsonl files (one object a line, text under \"text\"), or folders of them")  # fmt: skip
+                         help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
         add_flags(sub, ReadSettings)
 
     def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
@@ -103,10 +104,14 @@ def make_parser() -> ArgumentParser:
 _bytes_bar = partial(progress_bar, unit="B")
 
 
+def _reading(args: Any) -> ReadSettings:
+    return ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+
+
 def _train_tokenizer(args: Any) -> None:
     sources = find_sources(args.corpus)
     with _bytes_bar("read corpus", sum(s.size_bytes for s in sources)) as bar:
-        documents = read_documents(sources, args.document_per, bar.update)
+        documents = read_documents(sources, _reading(args), bar.update)
         lines = (line for document in documents for line in document.lines)
         first = next(lines, None)
         if first is None:
@@ -123,7 +128,7 @@ def _train_tokenizer(args: Any) -> None:
 
 def _build(args: Any) -> None:
     parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
-    reading = ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+    reading = _reading(args)
     _with_processes(
         args, args.data, lambda *how: build(args.corpus, args.tokenizer, args.data, parameters, reading, *how)
     )

@@ -57,7 +57,7 @@ def assemble_texts(tokenizer: Tokenizer) -> Callable[..., Samples]:
 
 @pytest.fixture(scope="session")
 def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
-    """`build` without a progress bar; `settings` are BuildParameters besides short samples and small shards."""
+    """`build` without a progress bar; `settings`: ReadSettings, and BuildParameters besides short samples and small shards."""
 
     def run(
         corpus: list[Path],
@@ -65,12 +65,12 @@ def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
         *,
         workers: int = 1,
         tokenizer_path: Path = tokenizer.path,
-        reading: ReadSettings | None = None,
         **settings: Any,
     ) -> bool:
+        reading = ReadSettings(**{k: settings.pop(k) for k in ("document_per", "text_field") if k in settings})
         parameters = BuildParameters(**{"max_length_tokens": 64, "shard_samples": 128, **settings})
         with LocalProcesses(workers) as processes:
-            return build(corpus, tokenizer_path, folder, parameters, reading or ReadSettings(), processes)
+            return build(corpus, tokenizer_path, folder, parameters, reading, processes)
 
     return run
 

@@ -98,7 +98,8 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     manifest = json.loads((data_folder / MANIFEST).read_bytes())
     assert [source["name"] for source in manifest["sources"]] == [chapter.name for chapter in chapters[:9]]
     assert manifest["parameters"] == {
-        "max_length_tokens": 64, "mask_sets": 2, "validation_fraction": 0.2, "shard_samples": 128, "seed": 0, "document_per": "file",
+        "max_length_tokens": 64, "mask_sets": 2, "validation_fraction": 0.2, "shard_samples": 128, "seed": 0,
+        "document_per": "file", "text_field": "text",
     }  # fmt: skip
     documents = manifest["documents"]
     assert documents["train"] + documents["validation"] == 9
@@ -118,6 +119,8 @@ def test_a_second_build_changes_nothing(data_folder: Path, chapters: list[Path],
         ({"seed": 1}, "parameters"),
         ({"mask_sets": 3}, "parameters"),
         ({"max_length_tokens": 65}, "parameters"),
+        ({"document_per": "blank_line"}, "parameters"),
+        ({"text_field": "content"}, "parameters"),
         ({"tokenizer_path": "other.model"}, "tokenizer"),
         ({"corpus": slice(0, 8)}, "sources"),
         ({"corpus": slice(8, None, -1)}, "sources"),

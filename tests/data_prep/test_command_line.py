@@ -226,6 +226,27 @@ def test_verify_names_each_damaged_shard(data_prep_command: CommandLine, folder:
     assert missing == f"{folder}: validation-00000.h5: is missing"
 
 
+@pytest.mark.slow
+def test_a_glob_and_a_text_field(data_prep_command: CommandLine, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": "It is a truth universally acknowledged. " * 9}))
+    words = [
+        "build",
+        "--corpus",
+        tmp_path / "*.jsonl",
+        "--tokenizer",
+        tokenizer.path,
+        "--data",
+        tmp_path / "data",
+        *SMALL,
+    ]
+    assert_one_line_of_error(data_prep_command(*words), "build", "a.jsonl: line 1: ", '"text"', "--text_field")
+    for _ in range(2):
+        done = data_prep_command(*words, "--text-field", "content", "--validation-fraction", 0)
+        assert done.returncode == 0, done.stderr
+    assert "already made" in done.stdout
+    assert "'text_field': 'content'" in done.stdout
+
+
 def test_verify_without_a_data_set(data_prep_command: CommandLine, tmp_path: Path) -> None:
     assert_one_line_of_error(
         data_prep_command("verify", "--data", tmp_path), "verify", f"{tmp_path}: no data set there"
