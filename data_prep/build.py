@@ -33,7 +33,6 @@ from data_prep.shards import (
     CHUNK_SAMPLES,
     MAX_LENGTH_LIMIT_TOKENS,
     SPLITS,
-    TOKENIZER,
     Split,
     manifest_path,
     read_data_manifest,
@@ -41,7 +40,7 @@ from data_prep.shards import (
     write_data_manifest,
     write_shard,
 )  # fmt: skip
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 _T = TypeVar("_T")
 _BATCH_CHARACTERS = 2**20  # text handed to a worker at a time
@@ -100,10 +99,10 @@ def build(
     Raises ValueError for bad input, and where `folder` holds a data set made from something else.
     """
     sources = find_sources(corpus)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     made_from = {
         "parameters": asdict(parameters),
-        "tokenizer": {"file": TOKENIZER, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {"file": tokenizer.file_name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "sources": describe_sources(sources),
     }
     if manifest_path(folder).exists():
@@ -127,7 +126,7 @@ def build(
             splits[split].append(entry)
     if not splits["train"]:
         raise ValueError(f"{', '.join(map(str, corpus))}: {_why_no_training_text(counts)}")
-    write_whole(folder / TOKENIZER, tokenizer_path.read_bytes())
+    write_whole(folder / tokenizer.file_name, tokenizer_path.read_bytes())
     write_data_manifest(folder, {
         **made_from,
         "masking": {
@@ -146,7 +145,7 @@ def _make_empty(folder: Path) -> None:
     """Make the folder, without what an interrupted build may have left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = [f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS]
-    for pattern in (*shards, *(f".{name}.partial" for name in (*shards, TOKENIZER))):
+    for pattern in (*shards, *(f".{name}.partial" for name in (*shards, "tokenizer.*"))):
         for leftover in folder.glob(pattern):
             leftover.unlink()
 
@@ -213,7 +212,7 @@ _worker: _Worker  # set once in each worker process, so that tasks carry text an
 def _set_up_worker(tokenizer_path: Path, folder: Path, parameters: BuildParameters) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(Tokenizer(tokenizer_path), folder, parameters)
+    _worker = _Worker(load_tokenizer(tokenizer_path), folder, parameters)
 
 
 def _end_with_parent() -> None:

@@ -13,7 +13,6 @@ from data_prep.packing import NUM_SPECIAL_TOKENS, Samples, cut_into_texts
 from data_prep.shards import (
     CHUNK_SAMPLES,
     MANIFEST,
-    TOKENIZER,
     DataSet,
     SampleBatch,
     check_samples,
@@ -27,6 +26,7 @@ from data_prep.tokenizer import Tokenizer, train_tokenizer
 
 MAX_LENGTH = 64
 SHARD_SAMPLES = 256
+TOKENIZER = "tokenizer.model"
 
 
 @pytest.fixture(scope="module")
