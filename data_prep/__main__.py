@@ -21,13 +21,15 @@ from data_prep.console import (
     flag_values,
     progress_bar,
     run_command,
-)
+)  # fmt: skip
 from data_prep.corpus import ReadSettings, find_sources, read_documents
 from data_prep.formats import EXPECTED_NAMES
+from data_prep.import_tokenizer import import_tokenizer
+from data_prep.line_sample import LineSample
 from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
 from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
-from data_prep.tokenizer import train_tokenizer
+from data_prep.tokenizer import ROLE_PIECES, train_tokenizer
 
 EPILOG = """\
 example, in this order:
@@ -35,6 +37,8 @@ example, in this order:
   python -m data_prep build --corpus texts/ --tokenizer data/tokenizer.model --data data/pretrain
   python -m data_prep inspect --data data/pretrain --sample 0
   python -m data_prep verify --data data/pretrain
+or, with a vocabulary from elsewhere, first:
+  python -m data_prep import-tokenizer --from vocab.txt --tokenizer data/tokenizer.json
 """
 
 
@@ -74,10 +78,27 @@ def make_parser() -> ArgumentParser:
     sub.add_argument(
         "--cased", action="store_true", help="keep upper case; without it text is lower-cased (nmt_nfkc_cf)"
     )
+    sub.add_argument(
+        "--sample_mb",
+        type=float,
+        default=1000,
+        metavar="N",
+        help="train on about this much of the corpus, in MB: memory",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="another one, another sample")
+
+    sub = command("import-tokenizer", _import_tokenizer, "Make a tokenizer of a vocabulary from elsewhere; ids stay.")
+    sub.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE",
+                     help="BERT's vocab.txt, or a SentencePiece model (T5, ALBERT, XLM-R, ...)")  # fmt: skip
+    sub.add_argument("--tokenizer", type=Path, required=True, help="file to write: .json of a vocab.txt, else .model")
+    sub.add_argument("--cased", action="store_true", help="the vocab.txt is of a cased model")
+    for role, names in ROLE_PIECES.items():
+        flag = f"--{role.lower()}_piece"
+        sub.add_argument(flag, metavar="PIECE", help=f"unused entry to be {names[0]}, if not one of {' '.join(names)}")
 
     sub = command("build", _build, "Tokenize a corpus, cut it into samples, draw their masks, write HDF5 shards.")
     takes_corpus(sub)
-    takes_tokenizer(sub, "SentencePiece model made by train-tokenizer")
+    takes_tokenizer(sub, "file made by train-tokenizer or import-tokenizer")
     takes_data(sub)
     add_flags(sub, BuildParameters)
     takes_workers(sub)
@@ -109,13 +130,23 @@ def _reading(args: Any) -> ReadSettings:
 
 
 def _train_tokenizer(args: Any) -> None:
+    if args.sample_mb <= 0:
+        raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected more than 0")
     sources = find_sources(args.corpus)
-    with _bytes_bar("read corpus", sum(s.size_bytes for s in sources)) as bar:
+    total_bytes = sum(s.size_bytes for s in sources)
+    sample = LineSample(int(args.sample_mb * 1e6), total_bytes, args.seed)
+    with _bytes_bar("read corpus", total_bytes) as bar:
         documents = read_documents(sources, _reading(args), bar.update)
-        lines = (line for document in documents for line in document.lines)
+        lines = sample.of(line for document in documents for line in document.lines)
         first = next(lines, None)
         if first is None:
-            raise ValueError(f"{', '.join(map(str, args.corpus))}: the corpus is empty: no text in it")
+            corpus = ", ".join(map(str, args.corpus))
+            if sample.num_lines:
+                raise ValueError(
+                    f"--sample_mb {args.sample_mb:g}: none of the {sample.num_lines:,} lines of {corpus} fell to so small "
+                    "a sample; ask for more"
+                )
+            raise ValueError(f"{corpus}: the corpus is empty: no text in it")
         tokenizer = train_tokenizer(
             chain([first], lines),
             args.tokenizer,
@@ -123,7 +154,18 @@ def _train_tokenizer(args: Any) -> None:
             algorithm=args.algorithm,
             cased=args.cased,
         )
-    print(f"{args.tokenizer}: {args.algorithm}, {tokenizer.vocab_size:,} entries")
+    print(
+        f"{args.tokenizer}: {args.algorithm}, {tokenizer.vocab_size:,} entries, from {sample.num_kept:,} of "
+        f"{sample.num_lines:,} lines ({sample.kept_bytes / 1e6:.1f} MB)"
+    )
+
+
+def _import_tokenizer(args: Any) -> None:
+    pieces = {role: piece for role in ROLE_PIECES if (piece := getattr(args, f"{role.lower()}_piece")) is not None}
+    tokenizer = import_tokenizer(args.source, args.tokenizer, cased=args.cased, pieces=pieces)
+    ids = {role: getattr(tokenizer, f"{role.lower()}_id") for role in ("PAD", "UNK", "SOS", "EOS", "MASK")}
+    roles = ", ".join(f"{role} {tokenizer.piece(token_id)} = {token_id}" for role, token_id in ids.items())
+    print(f"{args.tokenizer}: {tokenizer.vocab_size:,} entries, {roles}")
 
 
 def _build(args: Any) -> None:

@@ -41,7 +41,6 @@ from data_prep.shards import (
     CHUNK_SAMPLES,
     MAX_LENGTH_LIMIT_TOKENS,
     SPLITS,
-    TOKENIZER,
     ShardWriter,
     Split,
     manifest_path,
@@ -50,7 +49,7 @@ from data_prep.shards import (
     token_dtype,
     write_data_manifest,
 )  # fmt: skip
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 WORK = ".work"
 _PLAN = "plan.json"
@@ -170,8 +169,8 @@ def build(
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:
-    tokenizer = Tokenizer(path)
-    return {"file": TOKENIZER, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    tokenizer = load_tokenizer(path)
+    return {"file": tokenizer.file_name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
 
 
 def _is_made(folder: Path, made_from: dict[str, Any]) -> bool:
@@ -184,7 +183,7 @@ def _is_made(folder: Path, made_from: dict[str, Any]) -> bool:
         _refuse_changes(folder, "an unfinished data set", read_json(plan), made_from)
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(folder, *_SHARDS, *(f".{name}.partial" for name in (*_SHARDS, TOKENIZER)))
+    _remove(folder, *_SHARDS, *(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*")))
     (folder / WORK).mkdir(exist_ok=True)
     write_json(plan, made_from)
     return False
@@ -320,7 +319,7 @@ def _set_up(
     tokenizer_path: Path, folder: Path, parameters: BuildParameters, reading: ReadSettings, sources: list[Source]
 ) -> None:
     global _worker
-    _worker = _Worker(Tokenizer(tokenizer_path), folder, parameters, reading, sources)
+    _worker = _Worker(load_tokenizer(tokenizer_path), folder, parameters, reading, sources)
 
 
 def _hash_source(index: int) -> tuple[int, str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.files import sha256_of_file
 from data_prep.formats import EXPECTED_NAMES, format_of, is_compressed, is_table, num_parts, open_text, read_column
 
 DocumentPer = Literal["file", "blank_line"]
@@ -111,11 +110,6 @@ def _sources_below(folder: Path, paths: Iterable[Path]) -> list[Source]:
 def _printable(name: str) -> str:
     """A file's name; bytes of it that are not UTF-8 as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def describe_sources(sources: Sequence[Source]) -> list[dict[str, object]]:
-    """Name, size and SHA-256 of each input, for the manifest."""
-    return [{"name": s.name, "size_bytes": s.size_bytes, "sha256": sha256_of_file(s.path)} for s in sources]
 
 
 def plan_units(sources: Sequence[Source], settings: ReadSettings, unit_bytes: int = 8 * 2**20) -> list[Unit]:

@@ -3,7 +3,7 @@
 A data set is a folder:
 
     manifest.json            written last; without it there is no data set
-    tokenizer.model          the SentencePiece model the ids belong to
+    tokenizer.model          the tokenizer the ids belong to: a SentencePiece model, or tokenizer.json: WordPiece
     train-00000.h5 ...       shards of `shard_samples` samples, the last one of a split shorter
     validation-00000.h5 ...
 
@@ -38,12 +38,11 @@ import numpy as np
 from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
 from data_prep.masking import MAX_BLOCK_TOKENS, MaskSet, num_masked
 from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "pmlm-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 CHUNK_SAMPLES = 128
 MAX_LENGTH_LIMIT_TOKENS = 2**16 - 1
 _MAX_OPEN_FILES = 32
@@ -146,14 +145,15 @@ class DataSet:
         self.parameters: dict[str, Any] = self.manifest["parameters"]
         self.max_length_tokens: int = self.parameters["max_length_tokens"]
         self.num_mask_sets: int = self.parameters["mask_sets"]
-        if not (folder / TOKENIZER).is_file():
-            raise ValueError(f"{folder / TOKENIZER}: is missing; put it back or build the data anew")
-        self.tokenizer = Tokenizer(folder / TOKENIZER)
-        if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
+        path = folder / self.manifest["tokenizer"]["file"]
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing; put it back or build the data anew")
+        if (found := sha256_of_file(path)) != self.manifest["tokenizer"]["sha256"]:
             raise ValueError(
-                f"{folder / TOKENIZER}: not the tokenizer these shards were made with (SHA-256 {self.tokenizer.sha256[:12]}, "
+                f"{path}: not the tokenizer these shards were made with (SHA-256 {found[:12]}, "
                 f"expected {self.manifest['tokenizer']['sha256'][:12]}); put the right file back or build the data anew"
             )
+        self.tokenizer = load_tokenizer(path)
         self._open_files: OrderedDict[Path, h5py.File] = OrderedDict()
 
     def num_samples(self, split: Split) -> int:
@@ -244,11 +244,12 @@ def read_data_manifest(folder: Path) -> dict[str, Any]:
 def find_faults(folder: Path, advance: Any = lambda num_bytes: None) -> Iterator[str]:
     """Read every byte of a data set; one line for each thing that is wrong, nothing for a sound one."""
     manifest = read_data_manifest(folder)
-    if not (folder / TOKENIZER).is_file():
-        yield f"{TOKENIZER}: is missing"
+    name = manifest["tokenizer"]["file"]
+    if not (folder / name).is_file():
+        yield f"{name}: is missing"
         return
-    if (found := sha256_of_file(folder / TOKENIZER)) != manifest["tokenizer"]["sha256"]:
-        yield f"{TOKENIZER}: SHA-256 is {found[:12]}, expected {manifest['tokenizer']['sha256'][:12]}"
+    if (found := sha256_of_file(folder / name)) != manifest["tokenizer"]["sha256"]:
+        yield f"{name}: SHA-256 is {found[:12]}, expected {manifest['tokenizer']['sha256'][:12]}"
         return
     data = DataSet(folder)
     for split in SPLITS:

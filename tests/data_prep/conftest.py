@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from support import REPOSITORY, run_command
 
 from data_prep.build import BuildParameters, build
 from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.import_tokenizer import import_tokenizer
 from data_prep.packing import Samples, assemble
 from data_prep.processes import LocalProcesses
-from data_prep.tokenizer import Tokenizer, train_tokenizer
+from data_prep.tokenizer import Tokenizer, WordPiece, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,40 @@ def lines(chapters: list[Path]) -> list[str]:
 def tokenizer(lines: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Unigram, uncased, 600 entries."""
     return train_tokenizer(lines, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=600)
+
+
+@pytest.fixture(scope="session")
+def bert_vocabulary(lines: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocab.txt like BERT's, cased, with unused entries before its special ones and letters of several scripts."""
+    trained = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    text = [
+        *lines,
+        *(line.lower() for line in lines),
+        "naïve café ÅÇÑÜ èàéêîôû",
+        "пример слова",
+        "日本語文字",
+        "mask pad cls [#]",
+    ]
+    trained.train_from_iterator(text, trainer)
+    vocabulary = trained.get_vocab()
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("".join(f"{entry}\n" for entry in sorted(vocabulary, key=vocabulary.__getitem__)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", params=["uncased", "cased"])
+def word_piece(
+    bert_vocabulary: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> WordPiece:
+    """The same as a tokenizer, uncased and cased."""
+    path = tmp_path_factory.mktemp("word_piece") / "imported.json"
+    tokenizer = import_tokenizer(bert_vocabulary, path, cased=request.param == "cased", pieces={})
+    assert isinstance(tokenizer, WordPiece)
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

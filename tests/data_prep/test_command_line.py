@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,12 +16,12 @@ import h5py
 import pytest
 from support import assert_user_error, run_command
 
-from data_prep.shards import MANIFEST, TOKENIZER
+from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer
 
 Completed = subprocess.CompletedProcess[str]
 CommandLine = Callable[..., Completed]
-COMMANDS = ["train-tokenizer", "build", "inspect", "verify"]
+COMMANDS = ["train-tokenizer", "import-tokenizer", "build", "remask", "inspect", "verify"]
 BARS = ("read corpus:", "read input:", "tokenize:", "draw masks:", "verify:")
 SMALL = ["--max-length-tokens", "64", "--shard-samples", "128", "--workers", "1"]
 
@@ -50,7 +51,9 @@ def test_help(data_prep_command: CommandLine, command: str) -> None:
 
 def test_help_names_the_commands_in_their_order(data_prep_command: CommandLine) -> None:
     done = data_prep_command("--help")
-    places = [done.stdout.index(f"python -m data_prep {command} --") for command in COMMANDS]
+    order = ["train-tokenizer", "build", "inspect", "verify", "import-tokenizer"]
+    assert sorted(order) == sorted(COMMANDS)
+    places = [done.stdout.index(f"python -m data_prep {command} --") for command in order]
     assert places == sorted(places)
 
 
@@ -72,7 +75,10 @@ def test_from_texts_to_a_verified_data_set(
         "train-tokenizer", "--corpus", *chapters[:5], "--tokenizer", tokenizer, "--vocab-size", 500, *flags
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout == f"{tokenizer}: {'bpe' if 'bpe' in flags else 'unigram'}, 500 entries\n"
+    num_lines = sum(bool(line.strip()) for chapter in chapters[:5] for line in chapter.read_text("utf-8").splitlines())
+    algorithm = "bpe" if "bpe" in flags else "unigram"
+    words = f"{tokenizer}: {algorithm}, 500 entries, from {num_lines} of {num_lines} lines (0.0 MB)\n"
+    assert trained.stdout == words
     building = ["build", "--corpus", *chapters[:5], "--tokenizer", tokenizer, "--data", data, *SMALL]
 
     built = data_prep_command(*building, "--mask-sets", 2, "--validation-fraction=0.3")
@@ -102,6 +108,43 @@ def test_from_texts_to_a_verified_data_set(
     assert "[SOS]" in shown.stdout
     assert "turns: 1:" in shown.stdout
     assert ">[M]}" in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--cased"]], ids=["uncased", "cased"])
+def test_from_berts_vocabulary_to_a_verified_data_set(
+    data_prep_command: CommandLine, bert_vocabulary: Path, chapters: list[Path], tmp_path: Path, flags: list[str]
+) -> None:
+    tokenizer, data = tmp_path / "made" / "bert.json", tmp_path / "made" / "pretrain"
+    imported = data_prep_command("import-tokenizer", "--from", bert_vocabulary, "--tokenizer", tokenizer, *flags)
+    assert imported.returncode == 0, imported.stderr
+    num_entries = len(bert_vocabulary.read_text("utf-8").splitlines())
+    roles = "PAD [PAD] = 0, UNK [UNK] = 3, SOS [CLS] = 4, EOS [SEP] = 5, MASK [MASK] = 6"
+    assert imported.stdout == f"{tokenizer}: {num_entries} entries, {roles}\n"
+
+    building = ["build", "--corpus", *chapters[:5], "--tokenizer", tokenizer, "--data", data, *SMALL]
+    built = data_prep_command(*building, "--workers", 2)
+    assert built.returncode == 0, built.stderr
+    assert "nothing to do" in data_prep_command(*building).stdout
+    assert (data / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    verified = data_prep_command("verify", "--data", data)
+    assert (verified.returncode, verified.stdout) == (0, f"{data}: {len(list(data.glob('*.h5')))} shards are sound\n")
+
+    shown = data_prep_command("inspect", "--data", data, "--count", 1)
+    assert shown.returncode == 0, shown.stderr
+    text = next(line for line in shown.stdout.splitlines() if line.startswith("[CLS]"))
+    assert "##" not in text
+    assert ">[M]}" in text
+    plain = re.sub(r"\{\d+:([^>]*)>[^}]*\}", r"\1", text).split()
+    assert {"the", "[SEP]"} <= set(plain)
+    assert any(word[0].isupper() for word in plain) == bool(flags)
+
+
+def test_import_tokenizer_with_bad_input(data_prep_command: CommandLine, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    words = ["import-tokenizer", "--from", tokenizer.path, "--tokenizer", tmp_path / "t.model"]
+    done = data_prep_command(*words, "--mask-piece", "<none>")
+    assert_one_line_of_error(done, "import-tokenizer", "--mask_piece <none>", f"{tokenizer.path} has no such entry")
+    assert not list(tmp_path.iterdir())
 
 
 def test_inspect_shows_the_stored_masks(
@@ -330,7 +373,7 @@ def test_the_disk_is_full_for_a_data_set(
         size_bytes, "build", "--corpus", *chapters[:9], "--tokenizer", tokenizer.path, "--data", data, *SMALL,
         "--mask-sets", 2, "--validation-fraction", 0.2,
     )  # fmt: skip
-    failed = {"nothing": "train-00000.h5", "one shard": "train-00001.h5", "all shards": TOKENIZER}[fits]
+    failed = {"nothing": "train-00000.h5", "one shard": "train-00001.h5", "all shards": tokenizer.file_name}[fits]
     assert_one_line_of_error(done, "build", f"{data / failed}: No space left on device")
     left = {path.name: path.read_bytes() for path in (full_disk.left / "pretrain").iterdir() if path.is_file()}
     assert failed not in left

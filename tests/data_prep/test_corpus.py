@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import corpus
-from data_prep.corpus import Document, ReadSettings, describe_sources, find_sources, read_documents
+from data_prep.corpus import Document, ReadSettings, find_sources, read_documents
 
 BOM = b"\xef\xbb\xbf"
 
@@ -67,14 +67,6 @@ def test_several_paths_come_as_given(tmp_path: Path) -> None:
     for name in ("x/b.txt", "x/a.txt", "y.txt"):
         write(tmp_path / name, name.encode())
     assert texts(tmp_path / "y.txt", tmp_path / "x") == ["y.txt", "x/a.txt", "x/b.txt"]
-
-
-def test_description_of_sources(tmp_path: Path) -> None:
-    content = "naïve".encode()
-    write(tmp_path / "sub" / "a.txt", content)
-    assert describe_sources(find_sources([tmp_path])) == [
-        {"name": "sub/a.txt", "size_bytes": 6, "sha256": hashlib.sha256(content).hexdigest()}
-    ]
 
 
 @pytest.mark.parametrize("document_per", ["file", "blank_line"])

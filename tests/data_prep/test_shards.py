@@ -14,7 +14,6 @@ from data_prep.packing import NUM_SPECIAL_TOKENS, Samples, cut_into_texts
 from data_prep.shards import (
     CHUNK_SAMPLES,
     MANIFEST,
-    TOKENIZER,
     DataSet,
     SampleBatch,
     ShardWriter,
@@ -28,6 +27,7 @@ from data_prep.tokenizer import Tokenizer, train_tokenizer
 
 MAX_LENGTH = 64
 SHARD_SAMPLES = 256
+TOKENIZER = "tokenizer.model"
 
 
 def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_size: int) -> dict[str, Any]:
