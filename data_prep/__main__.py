@@ -37,6 +37,7 @@ example, in this order:
   python -m data_prep build --corpus texts/ --tokenizer data/tokenizer.model --data data/pretrain
   python -m data_prep inspect --data data/pretrain --sample 0
   python -m data_prep verify --data data/pretrain
+  python -m data_prep remask --data data/pretrain --output data/pretrain-more --mask_sets 10 --seed 1
 or, with a vocabulary from elsewhere, first:
   python -m data_prep import-tokenizer --from vocab.txt --tokenizer data/tokenizer.json
 """

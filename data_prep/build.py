@@ -179,7 +179,7 @@ def _is_made(folder: Path, made_from: dict[str, Any]) -> bool:
     if manifest_path(folder).exists():
         _refuse_changes(folder, "a data set", read_data_manifest(folder), made_from)
         return True
-    if plan.exists():
+    if plan.exists() and any((folder / WORK).glob("unit-*.json")):
         _refuse_changes(folder, "an unfinished data set", read_json(plan), made_from)
         return False
     folder.mkdir(parents=True, exist_ok=True)

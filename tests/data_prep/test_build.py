@@ -21,7 +21,7 @@ from support import REPOSITORY, environment
 
 from data_prep import build as build_module
 from data_prep.build import BuildParameters
-from data_prep.corpus import ReadSettings, find_sources, plan_units, read_documents
+from data_prep.corpus import find_sources, plan_units, read_documents
 from data_prep.masking import draw_mask_set
 from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, Split, find_faults
 from data_prep.tokenizer import Tokenizer, train_tokenizer
@@ -207,7 +207,7 @@ def test_short_documents_are_counted_and_left_out(entries: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
-        ("A chaise.\n\nAnd four.", {"reading": ReadSettings("blank_line")}, "each of the 2 documents has fewer than 8 tokens"),
+        ("A chaise.\n\nAnd four.", {"document_per": "blank_line"}, "each of the 2 documents has fewer than 8 tokens"),
         (" \n\n", {}, "the corpus is empty"),
         ("It is a truth universally acknowledged. " * 3, {"validation_fraction": 0.999999}, "all 1 documents fell to val"),
     ],
@@ -365,3 +365,28 @@ def test_ctrl_c_ends_the_build_in_one_line(running_build: RunningBuild) -> None:
     assert until(lambda: not running_build.members())
     assert_left_is_whole(running_build.folder)
     assert not list(running_build.folder.glob(".*.partial"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_build_is_gone_on_with_and_not_begun_anew(
+    running_build: RunningBuild, chapters: list[Path], build_data: Build
+) -> None:
+    os.killpg(running_build.process.pid, signal.SIGKILL)
+    running_build.wait()
+    work = running_build.folder / build_module.WORK
+    done = {path: path.stat().st_mtime_ns for path in (*work.glob("unit-*"), *running_build.folder.glob("*.h5"))}
+    assert done
+    with pytest.raises(ValueError, match="holds an unfinished data set made from other parameters"):
+        build_data(chapters[:30], running_build.folder, max_length_tokens=16, mask_sets=3)
+    seen: dict[Path, int] = {}
+    remove = shutil.rmtree
+
+    def look_first(folder: Path) -> None:
+        seen.update({path: path.stat().st_mtime_ns for path in done})
+        remove(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module.shutil, "rmtree", look_first)
+        assert build_data(chapters[:30], running_build.folder, max_length_tokens=16, mask_sets=2)
+    assert seen == done
+    assert not work.exists()
