@@ -1,10 +1,13 @@
 .PHONY: test test-fast lint setup
 
+# Two processes; the tests of a file stay together, as some share a port or a finished run.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+
 test: lint
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-fast: lint
-	.venv/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	.venv/bin/ruff check .

@@ -18,10 +18,11 @@ main() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
     command -v c++ >/dev/null || missing+=(g++)
-    if [ "${1:-}" = dev ]; then  # the tests run real sshd and pdsh
+    if [ "${1:-}" = dev ]; then  # the tests run real sshd, pdsh and mpirun
         [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
         command -v ssh >/dev/null || missing+=(openssh-client)
         command -v pdsh >/dev/null || missing+=(pdsh)
+        command -v mpirun >/dev/null || missing+=(openmpi-bin)
     fi
     if [ ${#missing[@]} -gt 0 ]; then
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

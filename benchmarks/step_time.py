@@ -22,7 +22,8 @@ import transformers
 
 from data_prep.build import BuildParameters, build
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
-from data_prep.corpus import find_sources, read_documents
+from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet, SampleBatch
 from data_prep.tokenizer import train_tokenizer
 from pretrain.layout import Layout, Objective, pseudo_masked_layout
@@ -38,10 +39,10 @@ def full_length_batch(corpus: Path, max_length_tokens: int, num_samples: int) ->
         folder = Path(name)
         lines = (line for document in read_documents(find_sources([corpus])) for line in document.lines)
         tokenizer = train_tokenizer(lines, folder / "tokenizer.model", vocab_size=_VOCAB_SIZE)
-        build(
-            [corpus], tokenizer.path, folder / "data", BuildParameters(max_length_tokens), workers=available_cores(),
-            bar=lambda description, total: progress_bar(description, total, "B", is_shown=False),
-        )  # fmt: skip
+        with LocalProcesses(available_cores()) as processes:
+            build(
+                [corpus], tokenizer.path, folder / "data", BuildParameters(max_length_tokens), ReadSettings(), processes
+            )
         data = DataSet(folder / "data")
         batch = data.read_samples("train", 0, data.num_samples("train")).as_int64()
         data.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,10 +13,23 @@ from typing import Any
 
 from data_prep import inspect
 from data_prep.build import BuildParameters, build
-from data_prep.console import ArgumentParser, add_flags, available_cores, flag_values, progress_bar, run_command
-from data_prep.corpus import find_sources, read_documents
+from data_prep.console import (
+    USER_ERROR_STATUS,
+    ArgumentParser,
+    add_flags,
+    available_cores,
+    flag_values,
+    progress_bar,
+    run_command,
+)  # fmt: skip
+from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.formats import EXPECTED_NAMES
+from data_prep.import_tokenizer import import_tokenizer
+from data_prep.line_sample import LineSample
+from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
+from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
-from data_prep.tokenizer import train_tokenizer
+from data_prep.tokenizer import ROLE_PIECES, train_tokenizer
 
 EPILOG = """\
 example, in this order:
@@ -23,6 +37,9 @@ example, in this order:
   python -m data_prep build --corpus texts/ --tokenizer data/tokenizer.model --data data/pretrain
   python -m data_prep inspect --data data/pretrain --sample 0
   python -m data_prep verify --data data/pretrain
+  python -m data_prep remask --data data/pretrain --output data/pretrain-more --mask_sets 10 --seed 1
+or, with a vocabulary from elsewhere, first:
+  python -m data_prep import-tokenizer --from vocab.txt --tokenizer data/tokenizer.json
 """
 
 
@@ -38,14 +55,19 @@ def make_parser() -> ArgumentParser:
 
     def takes_corpus(sub: ArgumentParser) -> None:
         sub.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
-                         help=".txt and .jsonl files (one object a line, text under \"text\"), or folders of them")  # fmt: skip
-        add_flags(sub, BuildParameters, only=["document_per"])
+                         help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
+        add_flags(sub, ReadSettings)
 
     def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
         sub.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer.model"), help=what)
 
     def takes_data(sub: ArgumentParser) -> None:
         sub.add_argument("--data", type=Path, default=Path("data/pretrain"), help="folder of the data set")
+
+    def takes_workers(sub: ArgumentParser) -> None:
+        sub.add_argument("--workers", type=int, metavar="N",
+                         help="processes on this machine (default: its cores); under mpirun or srun the ranks do the work. "
+                              "The bytes do not depend on it")  # fmt: skip
 
     sub = command("train-tokenizer", _train_tokenizer, "Train a SentencePiece tokenizer on a corpus.")
     takes_corpus(sub)
@@ -57,13 +79,36 @@ def make_parser() -> ArgumentParser:
     sub.add_argument(
         "--cased", action="store_true", help="keep upper case; without it text is lower-cased (nmt_nfkc_cf)"
     )
+    sub.add_argument(
+        "--sample_mb",
+        type=float,
+        default=1000,
+        metavar="N",
+        help="train on about this much of the corpus, in MB: memory",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="another one, another sample")
+
+    sub = command("import-tokenizer", _import_tokenizer, "Make a tokenizer of a vocabulary from elsewhere; ids stay.")
+    sub.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE",
+                     help="BERT's vocab.txt, or a SentencePiece model (T5, ALBERT, XLM-R, ...)")  # fmt: skip
+    sub.add_argument("--tokenizer", type=Path, required=True, help="file to write: .json of a vocab.txt, else .model")
+    sub.add_argument("--cased", action="store_true", help="the vocab.txt is of a cased model")
+    for role, names in ROLE_PIECES.items():
+        flag = f"--{role.lower()}_piece"
+        sub.add_argument(flag, metavar="PIECE", help=f"unused entry to be {names[0]}, if not one of {' '.join(names)}")
 
     sub = command("build", _build, "Tokenize a corpus, cut it into samples, draw their masks, write HDF5 shards.")
     takes_corpus(sub)
-    takes_tokenizer(sub, "SentencePiece model made by train-tokenizer")
+    takes_tokenizer(sub, "file made by train-tokenizer or import-tokenizer")
     takes_data(sub)
-    add_flags(sub, BuildParameters, only=[f.name for f in fields(BuildParameters) if f.name != "document_per"])
-    sub.add_argument("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
+    add_flags(sub, BuildParameters)
+    takes_workers(sub)
+
+    sub = command("remask", _remask, "Draw new mask sets for a data set, without tokenizing again.")
+    takes_data(sub)
+    sub.add_argument("--output", type=Path, required=True, help="folder of the new data set")
+    add_flags(sub, BuildParameters, only=["mask_sets", "seed"])
+    takes_workers(sub)
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
     takes_data(sub)
@@ -81,14 +126,28 @@ def make_parser() -> ArgumentParser:
 _bytes_bar = partial(progress_bar, unit="B")
 
 
+def _reading(args: Any) -> ReadSettings:
+    return ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+
+
 def _train_tokenizer(args: Any) -> None:
+    if args.sample_mb <= 0:
+        raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected more than 0")
     sources = find_sources(args.corpus)
-    with _bytes_bar("read corpus", sum(s.size_bytes for s in sources)) as bar:
-        documents = read_documents(sources, args.document_per, bar.update)
-        lines = (line for document in documents for line in document.lines)
+    total_bytes = sum(s.size_bytes for s in sources)
+    sample = LineSample(int(args.sample_mb * 1e6), total_bytes, args.seed)
+    with _bytes_bar("read corpus", total_bytes) as bar:
+        documents = read_documents(sources, _reading(args), bar.update)
+        lines = sample.of(line for document in documents for line in document.lines)
         first = next(lines, None)
         if first is None:
-            raise ValueError(f"{', '.join(map(str, args.corpus))}: the corpus is empty: no text in it")
+            corpus = ", ".join(map(str, args.corpus))
+            if sample.num_lines:
+                raise ValueError(
+                    f"--sample_mb {args.sample_mb:g}: none of the {sample.num_lines:,} lines of {corpus} fell to so small "
+                    "a sample; ask for more"
+                )
+            raise ValueError(f"{corpus}: the corpus is empty: no text in it")
         tokenizer = train_tokenizer(
             chain([first], lines),
             args.tokenizer,
@@ -96,20 +155,55 @@ def _train_tokenizer(args: Any) -> None:
             algorithm=args.algorithm,
             cased=args.cased,
         )
-    print(f"{args.tokenizer}: {args.algorithm}, {tokenizer.vocab_size:,} entries")
+    print(
+        f"{args.tokenizer}: {args.algorithm}, {tokenizer.vocab_size:,} entries, from {sample.num_kept:,} of "
+        f"{sample.num_lines:,} lines ({sample.kept_bytes / 1e6:.1f} MB)"
+    )
+
+
+def _import_tokenizer(args: Any) -> None:
+    pieces = {role: piece for role in ROLE_PIECES if (piece := getattr(args, f"{role.lower()}_piece")) is not None}
+    tokenizer = import_tokenizer(args.source, args.tokenizer, cased=args.cased, pieces=pieces)
+    ids = {role: getattr(tokenizer, f"{role.lower()}_id") for role in ("PAD", "UNK", "SOS", "EOS", "MASK")}
+    roles = ", ".join(f"{role} {tokenizer.piece(token_id)} = {token_id}" for role, token_id in ids.items())
+    print(f"{args.tokenizer}: {tokenizer.vocab_size:,} entries, {roles}")
 
 
 def _build(args: Any) -> None:
-    if args.workers < 1:
-        raise ValueError(f"--workers is {args.workers}, expected at least 1")
     parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
-    made = build(args.corpus, args.tokenizer, args.data, parameters, workers=args.workers, bar=_bytes_bar)
+    reading = _reading(args)
+    _with_processes(
+        args, args.data, lambda *how: build(args.corpus, args.tokenizer, args.data, parameters, reading, *how)
+    )
+
+
+def _remask(args: Any) -> None:
+    _with_processes(args, args.output, lambda *how: remask(args.data, args.output, args.seed, args.mask_sets, *how))
+
+
+def _with_processes(args: Any, folder: Path, make: Callable[[Processes, Any], bool]) -> None:
+    """Make a data set with the processes that the command line or the MPI launcher gives, and tell what came of it."""
+    is_mpi = launched_by_mpi()
+    if is_mpi and args.workers is not None:
+        raise ValueError("--workers is for one machine; under MPI the ranks do the work: leave it out")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}, expected at least 1")
+    with MPIProcesses() if is_mpi else LocalProcesses(args.workers or available_cores()) as processes:
+        try:
+            made = make(processes, partial(progress_bar, is_shown=processes.is_main))
+        except (ValueError, OSError):
+            if processes.is_main:
+                raise
+            raise SystemExit(USER_ERROR_STATUS) from None  # the main process tells why
+    if processes.is_main:
+        _tell_what_was_built(folder, made)
+
+
+def _tell_what_was_built(folder: Path, made: bool) -> None:
     if not made:
-        print(
-            f"{args.data}: already made from this corpus, tokenizer and parameters {asdict(parameters)}; nothing to do"
-        )
+        print(f"{folder}: already made from this corpus, tokenizer and parameters; nothing to do")
         return
-    data = DataSet(args.data)
+    data = DataSet(folder)
     print("\n".join(inspect.describe(data)))
     if not data.num_samples("validation"):
         print("note: no document fell to validation; with more documents, or a larger --validation_fraction, some will")

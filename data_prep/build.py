@@ -1,23 +1,29 @@
-"""From text files to a data set: the whole way, on several processes, with the same bytes whatever their number."""
+"""From text files to a data set: the whole way, on several processes, with the same bytes whatever their number.
+
+Two stages of independent tasks, each of which leaves its result in a file, so that an interrupted build goes on:
+
+    units     a part of the input: read, tokenize, cut into texts    -> DATA/.work/unit-00000012.{npz,json}
+    shards    the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
+
+Between them, the main process counts the texts of all units: from then on every sample has its number.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections import Counter, deque
+import io
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from data_prep.corpus import Document, DocumentPer, describe_sources, find_sources, read_documents
-from data_prep.files import write_whole
+from data_prep.console import progress_bar
+from data_prep.corpus import ReadSettings, Source, Unit, find_sources, plan_units, read_unit
+from data_prep.files import read_json, sha256_of_file, write_json, write_whole
 from data_prep.masking import (
     BLOCK_PROBABILITY,
     MASK_PERCENT,
@@ -25,26 +31,31 @@ from data_prep.masking import (
     MIN_BLOCK_TOKENS,
     SHOW_MASK_PROBABILITY,
     SHOW_RANDOM_PROBABILITY,
+    MaskSet,
     draw_mask_set,
     max_masked,
 )  # fmt: skip
-from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS, assemble, cut_into_texts
+from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS, Samples, assemble, cut_into_texts
+from data_prep.processes import Processes
 from data_prep.shards import (
     CHUNK_SAMPLES,
     MAX_LENGTH_LIMIT_TOKENS,
     SPLITS,
-    TOKENIZER,
+    ShardWriter,
     Split,
     manifest_path,
     read_data_manifest,
     shard_name,
+    token_dtype,
     write_data_manifest,
-    write_shard,
 )  # fmt: skip
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 
-_T = TypeVar("_T")
-_BATCH_CHARACTERS = 2**20  # text handed to a worker at a time
+WORK = ".work"
+_PLAN = "plan.json"
+_SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
+BLOCK_SAMPLES = 8 * CHUNK_SAMPLES  # samples in memory at a time while a shard is written
+_FIRST_VALIDATION_SAMPLE = 2**48
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,6 @@ class BuildParameters:
     """Pre-sampled mask sets of each sample; epoch e of the training uses set e mod K."""
     validation_fraction: float = 0.05
     """Share of the documents, chosen by their hash, that training never sees."""
-    document_per: DocumentPer = "file"
-    """What is a document in a .txt file: the file, or what stands between blank lines."""
     shard_samples: int = 16_384
     """Samples a shard; a multiple of 128, the samples of an HDF5 chunk."""
     seed: int = 0
@@ -88,46 +97,167 @@ class BuildParameters:
         return max_masked(self.max_length_tokens, NUM_SPECIAL_TOKENS)
 
 
-Bar = Callable[[str, int], Any]
-"""Makes a progress bar from a description and a total in bytes."""
+Bar = Callable[[str, int, str], Any]
+"""Makes a progress bar from a description, a total and its unit."""
+
+
+@dataclass(frozen=True)
+class _ShardPlan:
+    """Which texts of which units a shard is made of."""
+
+    split: Split
+    index: int
+    num_samples: int
+    parts: tuple[tuple[int, int, int], ...]
+    """(unit, first text, stop), in order."""
 
 
 def build(
-    corpus: list[Path], tokenizer_path: Path, folder: Path, parameters: BuildParameters, *, workers: int, bar: Bar
+    corpus: list[Path],
+    tokenizer_path: Path,
+    folder: Path,
+    parameters: BuildParameters,
+    reading: ReadSettings,
+    processes: Processes,
+    bar: Bar | None = None,
 ) -> bool:
-    """Make the data set `folder`; returns False, having done nothing, if it is there already, made from the same.
+    """Make the data set `folder`, or go on with it; returns False, having done nothing, if it is made already.
 
-    Raises ValueError for bad input, and where `folder` holds a data set made from something else.
+    Every process of `processes` calls this. Raises ValueError for bad input, and where `folder` holds a data set, whole
+    or unfinished, made from something else.
     """
-    sources = find_sources(corpus)
-    tokenizer = Tokenizer(tokenizer_path)
+    bar = bar or partial(progress_bar, is_shown=False)
+    sources = processes.on_main(lambda: find_sources(corpus))
+    units = processes.on_main(lambda: plan_units(sources, reading))
+    tokenizer = processes.on_main(lambda: _describe_tokenizer(tokenizer_path))
+    processes.prepare(_set_up, tokenizer_path, folder, parameters, reading, sources)
+
+    hashes: dict[int, str] = {}
+    with bar("read input", sum(s.size_bytes for s in sources), "B") as progress:
+
+        def hashed(result: tuple[int, str]) -> None:
+            hashes[result[0]] = result[1]
+            progress.update(sources[result[0]].size_bytes)
+
+        processes.run(_hash_source, [(i,) for i in range(len(sources))], hashed)
     made_from = {
-        "parameters": asdict(parameters),
-        "tokenizer": {"file": TOKENIZER, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        "sources": describe_sources(sources),
+        "parameters": asdict(parameters) | asdict(reading),
+        "tokenizer": tokenizer,
+        "sources": [
+            {"name": s.name, "size_bytes": s.size_bytes, "sha256": hashes.get(i)} for i, s in enumerate(sources)
+        ],
     }
-    if manifest_path(folder).exists():
-        manifest = read_data_manifest(folder)
-        changed = [key for key, value in made_from.items() if manifest[key] != value]
-        if changed:
-            raise ValueError(
-                f"{folder}: holds a data set made from other {' and '.join(changed)}; remove it or choose another --data"
-            )
+    if processes.on_main(lambda: _is_made(folder, made_from)):
         return False
-    _make_empty(folder)
-    total_bytes = sum(s.size_bytes for s in sources)
-    counts: Counter[str] = Counter()
-    splits: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    with (
-        bar("tokenize and mask", total_bytes) as progress,
-        _Workers(workers, tokenizer_path, folder, parameters) as pool,
-    ):
-        documents = read_documents(sources, parameters.document_per, progress.update)
-        for split, entry in _write_shards(pool, _tokenize(pool, documents, counts), parameters):
-            splits[split].append(entry)
-    if not splits["train"]:
-        raise ValueError(f"{', '.join(map(str, corpus))}: {_why_no_training_text(counts)}")
-    write_whole(folder / TOKENIZER, tokenizer_path.read_bytes())
+
+    todo = processes.on_main(lambda: [i for i in range(len(units)) if not _unit_file(folder, i, "json").exists()])
+    with bar("tokenize", sum(u.size_bytes for u in units), "B") as progress:
+        progress.update(sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo))
+        processes.run(_tokenize_unit, [(i, units[i]) for i in todo], progress.update)
+    counts = processes.on_main(lambda: _counts_of_units(folder, len(units)))
+    shards = processes.on_main(lambda: _plan_shards(counts, parameters.shard_samples))
+    processes.on_main(lambda: _refuse_nothing_to_train_on(corpus, folder, counts))
+    todo_shards = processes.on_main(lambda: [shard for shard in shards if not _shard_file(folder, shard).exists()])
+    with bar("draw masks", sum(s.num_samples for s in shards), "sample") as progress:
+        progress.update(sum(s.num_samples for s in shards) - sum(s.num_samples for s in todo_shards))
+        processes.run(_write_shard, [(shard,) for shard in todo_shards], progress.update)
+    processes.on_main(lambda: _declare_whole(folder, tokenizer_path, made_from, counts, shards, parameters))
+    return True
+
+
+# ---- what the main process decides
+
+
+def _describe_tokenizer(path: Path) -> dict[str, Any]:
+    tokenizer = load_tokenizer(path)
+    return {"file": tokenizer.file_name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+
+
+def _is_made(folder: Path, made_from: dict[str, Any]) -> bool:
+    """Whether the data set is whole already; if not, its folder is made ready for a build or for going on with one."""
+    plan = folder / WORK / _PLAN
+    if manifest_path(folder).exists():
+        _refuse_changes(folder, "a data set", read_data_manifest(folder), made_from)
+        return True
+    if plan.exists() and any((folder / WORK).glob("unit-*.json")):
+        _refuse_changes(folder, "an unfinished data set", read_json(plan), made_from)
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(folder, *_SHARDS, *(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*")))
+    (folder / WORK).mkdir(exist_ok=True)
+    write_json(plan, made_from)
+    return False
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    """Delete files of a build, and nothing else that a user may keep there."""
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _refuse_changes(folder: Path, what: str, found: dict[str, Any], made_from: dict[str, Any]) -> None:
+    changed = [key for key, value in made_from.items() if found[key] != value]
+    if changed:
+        raise ValueError(
+            f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another --data"
+        )
+
+
+def _counts_of_units(folder: Path, num_units: int) -> list[dict[str, int]]:
+    return [read_json(_unit_file(folder, unit, "json")) for unit in range(num_units)]
+
+
+def _plan_shards(counts: list[dict[str, int]], shard_samples: int) -> list[_ShardPlan]:
+    plans = []
+    for split in SPLITS:
+        ends = np.cumsum([unit[f"{split}_samples"] for unit in counts], dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 0
+        for index, first in enumerate(range(0, total, shard_samples)):
+            stop = min(first + shard_samples, total)
+            parts = []
+            for unit in range(int(np.searchsorted(ends, first, side="right")), len(counts)):
+                start_of_unit = int(ends[unit]) - counts[unit][f"{split}_samples"]
+                if start_of_unit >= stop:
+                    break
+                if ends[unit] > start_of_unit:
+                    parts.append(
+                        (unit, max(first, start_of_unit) - start_of_unit, min(stop, int(ends[unit])) - start_of_unit)
+                    )
+            plans.append(_ShardPlan(split, index, stop - first, tuple(parts)))
+    return plans
+
+
+def _refuse_nothing_to_train_on(corpus: list[Path], folder: Path, counts: list[dict[str, int]]) -> None:
+    total = sum((Counter(unit) for unit in counts), Counter[str]())
+    if total["train_samples"]:
+        return
+    shutil.rmtree(folder / WORK)
+    if total["validation"]:
+        reason = (
+            f"all {total['validation']} documents fell to validation; give more documents, a smaller "
+            "--validation_fraction, or --document_per blank_line if blank lines separate them"
+        )
+    elif total["too_short"]:
+        reason = f"nothing to train on: each of the {total['too_short']} documents has fewer than {MIN_DOCUMENT_TOKENS} tokens"
+    else:
+        reason = "the corpus is empty: no text in it"
+    raise ValueError(f"{', '.join(map(str, corpus))}: {reason}")
+
+
+def _declare_whole(
+    folder: Path,
+    tokenizer_path: Path,
+    made_from: dict[str, Any],
+    counts: list[dict[str, int]],
+    shards: list[_ShardPlan],
+    parameters: BuildParameters,
+) -> None:
+    total = sum((Counter(unit) for unit in counts), Counter[str]())
+    splits: dict[Split, list[Any]] = {split: [] for split in SPLITS}
+    for shard in shards:
+        splits[shard.split].append(read_json(_shard_file(folder, shard)))
+    write_whole(folder / made_from["tokenizer"]["file"], tokenizer_path.read_bytes())
     write_data_manifest(folder, {
         **made_from,
         "masking": {
@@ -136,156 +266,23 @@ def build(
             "show_random_probability": SHOW_RANDOM_PROBABILITY,
         },
         "max_masked_tokens": parameters.max_masked_tokens,
-        "documents": {name: counts[name] for name in (*SPLITS, "too_short")},
+        "documents": {name: total[name] for name in (*SPLITS, "too_short")},
         "splits": splits,
     })  # fmt: skip
-    return True
+    _remove(folder, *(f".{name}.partial" for name in _SHARDS))
+    shutil.rmtree(folder / WORK)
 
 
-def _make_empty(folder: Path) -> None:
-    """Make the folder, without what an interrupted build may have left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = [f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS]
-    for pattern in (*shards, *(f".{name}.partial" for name in (*shards, TOKENIZER))):
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
+def number_of_sample(split: Split, index: int) -> int:
+    """The number that a sample's random choices depend on; no two samples of a data set share one."""
+    return index + (_FIRST_VALIDATION_SAMPLE if split == "validation" else 0)
 
 
-def _why_no_training_text(counts: Counter[str]) -> str:
-    if counts["validation"]:
-        return (
-            f"all {counts['validation']} documents fell to validation; give more documents, a smaller "
-            "--validation_fraction, or --document_per blank_line if blank lines separate them"
-        )
-    if counts["too_short"]:
-        return f"nothing to train on: each of the {counts['too_short']} documents has fewer than {MIN_DOCUMENT_TOKENS} tokens"
-    return "the corpus is empty: no text in it"
-
-
-class _Workers:
-    """A process pool whose results come in the order of the tasks, with a bounded number of tasks under way."""
-
-    def __init__(self, num_workers: int, *settings: Any) -> None:
-        self._pool = ProcessPoolExecutor(
-            num_workers, get_context("spawn"), initializer=_set_up_worker, initargs=settings
-        )
-        self._max_pending = 2 * num_workers
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _submit(self, task: Callable[..., _T], *words: Any) -> Future[_T]:
-        """Submit a task; a process started for it inherits that Ctrl-C, which ends them all, is for the parent."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return self._pool.submit(task, *words)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    def run(self, task: Callable[..., _T], arguments: Iterator[tuple[Any, ...]]) -> Iterator[_T]:
-        pending: deque[Future[_T]] = deque()
-        try:
-            for words in arguments:
-                pending.append(self._submit(task, *words))
-                if len(pending) >= self._max_pending:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a worker process was killed, for example for want of memory; try fewer --workers"
-            ) from None
-
-
-@dataclass(frozen=True)
-class _Worker:
-    tokenizer: Tokenizer
-    folder: Path
-    parameters: BuildParameters
-
-
-_worker: _Worker  # set once in each worker process, so that tasks carry text and not the tokenizer
-
-
-def _set_up_worker(tokenizer_path: Path, folder: Path, parameters: BuildParameters) -> None:
-    global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(Tokenizer(tokenizer_path), folder, parameters)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
-
-
-def _tokenize(
-    pool: _Workers, documents: Iterator[Document], counts: Counter[str]
-) -> Iterator[tuple[Split, list[np.ndarray]]]:
-    """The texts of each document's samples, in the order of the documents."""
-    for results in pool.run(_tokenize_batch, ((batch,) for batch in _batches(documents))):
-        for split, texts in results:
-            counts[split if texts else "too_short"] += 1
-            if texts:
-                yield split, texts
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += sum(map(len, document.lines))
-        if num_characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenize_batch(documents: list[Document]) -> list[tuple[Split, list[np.ndarray]]]:
-    parameters = _worker.parameters
-    results: list[tuple[Split, list[np.ndarray]]] = []
-    for document in documents:
-        split: Split = "validation" if document.hash < parameters.validation_fraction * 2**64 else "train"
-        ids = _worker.tokenizer.encode(document.lines)
-        long_enough = len(ids) >= MIN_DOCUMENT_TOKENS
-        results.append((split, cut_into_texts(ids, parameters.max_length_tokens) if long_enough else []))
-    return results
-
-
-def _write_shards(
-    pool: _Workers, tokenized: Iterator[tuple[Split, list[np.ndarray]]], parameters: BuildParameters
-) -> Iterator[tuple[Split, dict[str, Any]]]:
-    def full_shards() -> Iterator[tuple[Split, int, list[np.ndarray]]]:
-        waiting: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
-        num_written: Counter[Split] = Counter()
-        for split, texts in tokenized:
-            waiting[split] += texts
-            while len(waiting[split]) >= parameters.shard_samples:
-                yield split, num_written[split], waiting[split][: parameters.shard_samples]
-                num_written[split] += 1
-                del waiting[split][: parameters.shard_samples]
-        for split in SPLITS:
-            if waiting[split]:
-                yield split, num_written[split], waiting[split]
-
-    yield from pool.run(_write_one_shard, full_shards())
-
-
-def _write_one_shard(split: Split, index: int, texts: list[np.ndarray]) -> tuple[Split, dict[str, Any]]:
-    parameters, tokenizer = _worker.parameters, _worker.tokenizer
-    # Validation samples are numbered from the top, so that no two samples of a data set share their draws.
-    first_sample = index * parameters.shard_samples + (2**48 if split == "validation" else 0)
-    samples = assemble(
-        texts, parameters.max_length_tokens, seed=parameters.seed, first_sample=first_sample,
-        sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-    )  # fmt: skip
-    mask_sets = [
+def draw_mask_sets(
+    samples: Samples, tokenizer: Tokenizer, parameters: BuildParameters, first_sample: int
+) -> list[MaskSet]:
+    """All mask sets of samples number first_sample .."""
+    return [
         draw_mask_set(
             samples.tokens_BL, samples.length_B, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
             mask_id=tokenizer.mask_id, max_masked_tokens=parameters.max_masked_tokens, seed=parameters.seed,
@@ -293,4 +290,92 @@ def _write_one_shard(split: Split, index: int, texts: list[np.ndarray]) -> tuple
         )
         for mask_set in range(parameters.mask_sets)
     ]  # fmt: skip
-    return split, write_shard(_worker.folder / shard_name(split, index), samples, mask_sets, tokenizer.vocab_size)
+
+
+def _unit_file(folder: Path, unit: int, suffix: str) -> Path:
+    return folder / WORK / f"unit-{unit:08d}.{suffix}"
+
+
+def _shard_file(folder: Path, shard: _ShardPlan) -> Path:
+    return folder / WORK / f"{Path(shard_name(shard.split, shard.index)).stem}.json"
+
+
+# ---- tasks
+
+
+@dataclass(frozen=True)
+class _Worker:
+    tokenizer: Tokenizer
+    folder: Path
+    parameters: BuildParameters
+    reading: ReadSettings
+    sources: list[Source]
+
+
+_worker: _Worker  # set once in each process, so that tasks carry their number and not the tokenizer
+
+
+def _set_up(
+    tokenizer_path: Path, folder: Path, parameters: BuildParameters, reading: ReadSettings, sources: list[Source]
+) -> None:
+    global _worker
+    _worker = _Worker(load_tokenizer(tokenizer_path), folder, parameters, reading, sources)
+
+
+def _hash_source(index: int) -> tuple[int, str]:
+    return index, sha256_of_file(_worker.sources[index].path)
+
+
+def _tokenize_unit(index: int, unit: Unit) -> int:
+    """Leave the unit's texts and counts in files; returns its size in bytes."""
+    parameters = _worker.parameters
+    texts: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
+    counts: Counter[str] = Counter()
+    for document in read_unit(_worker.sources, unit, _worker.reading):
+        split: Split = "validation" if document.hash < parameters.validation_fraction * 2**64 else "train"
+        ids = _worker.tokenizer.encode(document.lines)
+        if len(ids) < MIN_DOCUMENT_TOKENS:
+            counts["too_short"] += 1
+            continue
+        counts[split] += 1
+        texts[split] += cut_into_texts(ids, parameters.max_length_tokens)
+    arrays: dict[str, np.ndarray] = {}
+    token = token_dtype(_worker.tokenizer.vocab_size)
+    for split, of_split in texts.items():
+        counts[f"{split}_samples"] = len(of_split)
+        arrays[f"{split}_ids"] = np.concatenate([np.zeros(0, token), *of_split], dtype=token, casting="unsafe")
+        arrays[f"{split}_ends"] = np.cumsum([len(text) for text in of_split], dtype=np.int64)
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    write_whole(_unit_file(_worker.folder, index, "npz"), content.getvalue())
+    write_json(_unit_file(_worker.folder, index, "json"), dict(sorted(counts.items())))
+    return unit.size_bytes
+
+
+def _texts_of(shard: _ShardPlan) -> Iterator[np.ndarray]:
+    for unit, first, stop in shard.parts:
+        with np.load(_unit_file(_worker.folder, unit, "npz"), allow_pickle=False) as stored:
+            ids, ends = stored[f"{shard.split}_ids"], stored[f"{shard.split}_ends"]
+        starts = np.concatenate([[0], ends[:-1]])
+        for text in range(first, stop):
+            yield ids[starts[text] : ends[text]]
+
+
+def _write_shard(shard: _ShardPlan) -> int:
+    """Leave the shard in its place and its entry of the manifest in a file; returns its number of samples."""
+    parameters, tokenizer = _worker.parameters, _worker.tokenizer
+    writer = ShardWriter(
+        _worker.folder / shard_name(shard.split, shard.index), shard.num_samples, parameters.max_length_tokens,
+        parameters.mask_sets, parameters.max_masked_tokens, tokenizer.vocab_size,
+    )  # fmt: skip
+    texts = _texts_of(shard)
+    for block in range(0, shard.num_samples, BLOCK_SAMPLES):
+        first_sample = number_of_sample(shard.split, shard.index * parameters.shard_samples + block)
+        in_block = min(BLOCK_SAMPLES, shard.num_samples - block)
+        samples = assemble(
+            [next(texts) for _ in range(in_block)], parameters.max_length_tokens, seed=parameters.seed,
+            first_sample=first_sample, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        )  # fmt: skip
+        writer.write(samples, draw_mask_sets(samples, tokenizer, parameters, first_sample))
+    write_json(_shard_file(_worker.folder, shard), writer.finish())
+    return shard.num_samples

@@ -64,7 +64,7 @@ def add_flags(parser: Any, cls: type, *, only: Iterable[str] | None = None, opti
         elif issubclass(kind, Enum):
             settings |= {"type": kind, "choices": list(kind), "metavar": "{" + ",".join(e.value for e in kind) + "}"}
         else:
-            settings |= {"type": kind, "metavar": "PATH" if kind not in (int, float) else "N"}
+            settings |= {"type": kind, "metavar": {int: "N", float: "N", str: "NAME"}.get(kind, "PATH")}
         if isinstance(settings.get("default"), Enum):
             settings["default"] = settings["default"].value
         help_text = lines[field.name].replace("%", "%%")

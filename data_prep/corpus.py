@@ -1,20 +1,22 @@
-"""Documents from text files, in an order that is always the same."""
+"""Documents from text files in many formats, in an order that is always the same."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.files import sha256_of_file
+from data_prep.formats import EXPECTED_NAMES, format_of, is_compressed, is_table, num_parts, open_text, read_column
 
 DocumentPer = Literal["file", "blank_line"]
 MAX_DOCUMENT_BYTES = 256 * 2**20
-_SUFFIXES = (".txt", ".jsonl")
+_READ_BYTES = 2**20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -25,6 +27,40 @@ class Source:
     path: Path
     name: str
     """Path below the folder that was given: what the manifest records, the same on every machine."""
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """What is a document, where the format leaves it open."""
+
+    document_per: DocumentPer = "file"
+    """What is a document in a .txt file: the file, or what stands between blank lines."""
+    text_field: str = "text"
+    """Where a document's text is: the key in JSON lines, the column in Parquet and Arrow files."""
+
+
+DEFAULT_READING = ReadSettings()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source: its bytes [start, stop), or its row groups or record batches where it has those.
+
+    A JSON line belongs to the piece in which it begins; a document between blank lines to the piece in which the last
+    blank line before it begins. So every piece is read by itself, forward only, and no document twice.
+    """
+
+    source: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process reads at a time."""
+
+    pieces: tuple[Piece, ...]
     size_bytes: int
 
 
@@ -42,24 +78,33 @@ class Document:
 
 
 def find_sources(corpus: Sequence[Path]) -> list[Source]:
-    """The .txt and .jsonl files named or below the folders named, in the order of their names.
+    """The text files named, below the folders named, or matched by globs, each in the order of their names.
 
     Raises FileNotFoundError for a path that is not there, ValueError if there is no file to read.
     """
     sources = []
     for given in corpus:
         if given.is_dir():
-            files = sorted(p for p in given.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-            sources += [Source(p, _printable(p.relative_to(given).as_posix()), p.stat().st_size) for p in files]
+            sources += _sources_below(given, given.rglob("*"))
         elif given.is_file():
-            if given.suffix not in _SUFFIXES:
-                raise ValueError(f"{given}: expected a name that ends in {' or '.join(_SUFFIXES)}")
+            if not format_of(given):
+                raise ValueError(f"{given}: expected a name that ends in {EXPECTED_NAMES}")
             sources.append(Source(given, _printable(given.name), given.stat().st_size))
         else:
-            raise FileNotFoundError(2, "no such corpus; --corpus takes text files or folders", str(given))
+            matches = [Path(match) for match in glob.glob(str(given), recursive=True)]
+            if not matches:
+                raise FileNotFoundError(2, "no such corpus; --corpus takes text files, folders or globs", str(given))
+            folder = next(folder for folder in given.parents if not glob.has_magic(str(folder)))
+            below = [file for match in matches if match.is_dir() for file in match.rglob("*")]
+            sources += _sources_below(folder, [*matches, *below])
     if not sources:
-        raise ValueError(f"{', '.join(map(str, corpus))}: no {' or '.join(_SUFFIXES)} file there")
+        raise ValueError(f"{', '.join(map(str, corpus))}: no {EXPECTED_NAMES} file there")
     return sources
+
+
+def _sources_below(folder: Path, paths: Iterable[Path]) -> list[Source]:
+    files = sorted({path for path in paths if format_of(path) and path.is_file()})
+    return [Source(p, _printable(p.relative_to(folder).as_posix()), p.stat().st_size) for p in files]
 
 
 def _printable(name: str) -> str:
@@ -67,92 +112,176 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def describe_sources(sources: Sequence[Source]) -> list[dict[str, object]]:
-    """Name, size and SHA-256 of each input, for the manifest."""
-    return [{"name": s.name, "size_bytes": s.size_bytes, "sha256": sha256_of_file(s.path)} for s in sources]
+def plan_units(sources: Sequence[Source], settings: ReadSettings, unit_bytes: int = 8 * 2**20) -> list[Unit]:
+    """The sources in units of about `unit_bytes`: a large file is split, small ones share a unit.
+
+    Raises ValueError for a table without the column of texts, or one that is damaged.
+    """
+    units = []
+    pieces: list[Piece] = []
+    size_bytes = 0
+    for index, source in enumerate(sources):
+        for piece, piece_bytes in _split(index, source, settings, unit_bytes):
+            if pieces and size_bytes + piece_bytes > unit_bytes:
+                units.append(Unit(tuple(pieces), size_bytes))
+                pieces, size_bytes = [], 0
+            pieces.append(piece)
+            size_bytes += piece_bytes
+    return [*units, Unit(tuple(pieces), size_bytes)] if pieces else units
+
+
+def _split(index: int, source: Source, settings: ReadSettings, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+    """The pieces of a source; their sizes add up to its own."""
+    whole_bytes = source.size_bytes
+    parts, step = whole_bytes, unit_bytes
+    if is_table(source.path):
+        parts = num_parts(source.path, settings.text_field)
+        step = unit_bytes * parts // max(whole_bytes, 1)
+    elif is_compressed(source.path) or (format_of(source.path) == ".txt" and settings.document_per == "file"):
+        step = whole_bytes
+    for start in range(0, max(parts, 1), max(step, 1)):
+        stop = min(start + max(step, 1), parts)
+        piece_bytes = whole_bytes * stop // parts - whole_bytes * start // parts if parts else whole_bytes
+        yield Piece(index, start, stop), piece_bytes
 
 
 def read_documents(
     sources: Sequence[Source],
-    document_per: DocumentPer = "file",
+    settings: ReadSettings = DEFAULT_READING,
     advance: Callable[[int], object] = lambda num_bytes: None,
 ) -> Iterator[Document]:
-    """All documents in order; `advance` is told the bytes read.
+    """The documents of all units, in order; `advance` is told the bytes read. Raises what `read_unit` raises."""
+    for unit in plan_units(sources, settings):
+        yield from read_unit(sources, unit, settings)
+        advance(unit.size_bytes)
 
-    Raises ValueError for text that is not UTF-8 (file and byte offset), a line that is not a JSON object with a
-    string "text", or a document over 256 MiB.
+
+def read_unit(sources: Sequence[Source], unit: Unit, settings: ReadSettings) -> Iterator[Document]:
+    """The documents of a unit in order; the units' documents together do not depend on how the sources were split.
+
+    Raises ValueError for text that is not UTF-8 (file and byte offset, or row), a line that is not a JSON object with
+    a string under `text_field`, a document over 256 MiB, or a file that is damaged.
     """
-    for source in sources:
-        if source.path.suffix == ".jsonl":
-            yield from _json_lines(source, advance)
-        elif document_per == "file":
-            yield from _whole_file(source, advance)
+    for piece in unit.pieces:
+        source = sources[piece.source]
+        if is_table(source.path):
+            yield from _rows(source, piece, settings.text_field)
+        elif format_of(source.path) == ".jsonl":
+            yield from _json_lines(source, piece, settings.text_field)
+        elif settings.document_per == "file":
+            yield from _whole_file(source)
         else:
-            yield from _split_at_blank_lines(source, advance)
+            yield from _between_blank_lines(source, piece)
 
 
-def _document(text: str) -> Iterator[Document]:
-    lines = tuple(stripped for line in text.splitlines() if (stripped := line.strip()))
-    if lines:
-        yield Document(lines)
+def _document(lines: Iterable[str]) -> Iterator[Document]:
+    stripped = tuple(text for line in lines if (text := line.strip()))
+    if stripped:
+        yield Document(stripped)
 
 
-def _whole_file(source: Source, advance: Callable[[int], object]) -> Iterator[Document]:
-    if source.size_bytes > MAX_DOCUMENT_BYTES:
-        raise ValueError(
-            f"{source.path}: {source.size_bytes} bytes would be one document; at most {MAX_DOCUMENT_BYTES} can be. "
-            "If blank lines separate its documents, pass --document_per blank_line"
-        )
-    content = source.path.read_bytes()
-    yield from _document(_decode(source, content, 0))
-    advance(len(content))
+def _whole_file(source: Source) -> Iterator[Document]:
+    content = bytearray()
+    with open_text(source.path) as file:
+        while part := file.read(_READ_BYTES):
+            content += part
+            if len(content) > MAX_DOCUMENT_BYTES:
+                raise ValueError(
+                    f"{source.path}: its text would be one document of over {MAX_DOCUMENT_BYTES} bytes. "
+                    "If blank lines separate its documents, pass --document_per blank_line"
+                )
+    yield from _document(_decode(source, content, 0).split("\n"))
 
 
-def _split_at_blank_lines(source: Source, advance: Callable[[int], object]) -> Iterator[Document]:
+def _between_blank_lines(source: Source, piece: Piece) -> Iterator[Document]:
+    stop = _stop_bytes(source, piece)
     lines: list[str] = []
     num_bytes = 0
-    for offset, raw in _raw_lines(source, advance):
+    is_own = piece.start == 0
+    for offset, raw in _raw_lines(source, piece.start, stop):
         line = _decode(source, raw, offset)
-        if line.strip():
+        is_blank = not line.strip()
+        if is_blank:
+            yield from _document(lines)
+            lines, num_bytes, is_own = [], 0, True
+        if offset >= stop and (is_blank or not is_own):
+            return
+        if is_own and not is_blank:
             num_bytes += len(raw)
             if num_bytes > MAX_DOCUMENT_BYTES:
                 raise ValueError(f"{source.path}: no blank line in the {MAX_DOCUMENT_BYTES} bytes before byte {offset}")
             lines.append(line)
-        else:
-            yield from _document("\n".join(lines))
-            lines, num_bytes = [], 0
-    yield from _document("\n".join(lines))
+    yield from _document(lines)
 
 
-def _json_lines(source: Source, advance: Callable[[int], object]) -> Iterator[Document]:
-    for number, (offset, raw) in enumerate(_raw_lines(source, advance), start=1):
+def _json_lines(source: Source, piece: Piece, text_field: str) -> Iterator[Document]:
+    stop = _stop_bytes(source, piece)
+    for offset, raw in _raw_lines(source, piece.start, stop):
+        if offset >= stop:
+            return
         line = _decode(source, raw, offset)
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source.path}: line {number}: not JSON ({error})") from None
-        text = record.get("text") if isinstance(record, dict) else None
+            raise _bad_line(source, offset, f"not JSON ({error})") from None
+        if isinstance(record, dict) and text_field in record and record[text_field] is None:
+            continue
+        text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise ValueError(f'{source.path}: line {number}: expected a JSON object with a string under "text"')
+            raise _bad_line(
+                source, offset, f'expected a JSON object with a string under "{text_field}"; --text_field names the key'
+            )
         if _SURROGATE.search(text):
-            raise ValueError(f"{source.path}: line {number}: has half a surrogate pair, which is no character")
-        yield from _document(text)
+            raise _bad_line(source, offset, "has half a surrogate pair, which is no character")
+        yield from _document(text.split("\n"))
 
 
-def _raw_lines(source: Source, advance: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    with open(source.path, "rb") as file:
+def _rows(source: Source, piece: Piece, text_field: str) -> Iterator[Document]:
+    for row, raw in read_column(source.path, text_field, piece.start, piece.stop):
+        if len(raw) > MAX_DOCUMENT_BYTES:
+            raise ValueError(f"{source.path}: row {row()}: a text of over {MAX_DOCUMENT_BYTES} bytes; split it")
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 at byte {error.start} of its text (found 0x{raw[error.start]:02x})"
+            raise ValueError(f"{source.path}: row {row()}: {reason}") from None
+        yield from _document(text.split("\n"))
+
+
+def _stop_bytes(source: Source, piece: Piece) -> int:
+    """Where the piece ends in the text: a compressed file is one piece, of a text whose length nobody knows."""
+    return sys.maxsize if is_compressed(source.path) else piece.stop
+
+
+def _raw_lines(source: Source, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of the lines that begin at `start` or behind; none if no line begins before `stop`."""
+    with open_text(source.path) as file:
+        offset = file.seek(start - 1) if start else 0
+        while start and (raw := file.readline(_READ_BYTES)):
+            offset += len(raw)
+            if raw.endswith(b"\n"):
+                break
+            if offset >= stop:
+                return
         while raw := file.readline(MAX_DOCUMENT_BYTES + 1):
             if len(raw) > MAX_DOCUMENT_BYTES:
                 raise ValueError(f"{source.path}: a line of over {MAX_DOCUMENT_BYTES} bytes at byte {offset}; split it")
             yield offset, raw
             offset += len(raw)
-            advance(len(raw))
 
 
-def _decode(source: Source, raw: bytes, offset: int) -> str:
+def _bad_line(source: Source, offset: int, reason: str) -> ValueError:
+    number = 1
+    with open_text(source.path) as file:
+        while offset > 0 and (part := file.read(min(offset, _READ_BYTES))):
+            number += part.count(b"\n")
+            offset -= len(part)
+    return ValueError(f"{source.path}: line {number}: {reason}")
+
+
+def _decode(source: Source, raw: bytes | bytearray, offset: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -68,13 +68,13 @@ def _show(tokenizer: Tokenizer, batch: SampleBatch, row: int) -> Iterator[str]:
     turn_at = dict(zip(positions.tolist(), zip(turns.tolist(), shown.tolist(), strict=True), strict=True))
     words: list[str] = []
     for position, token_id in enumerate(batch.tokens_BL[row, : batch.length_B[row]].tolist()):
-        piece = tokenizer.piece(token_id)
+        space = " " if tokenizer.is_word_start(token_id) else ""
+        surface = tokenizer.surface(token_id)
         if position in turn_at:
             turn, shown_id = turn_at[position]
-            space = " " if piece.startswith("▁") else ""
-            words.append(f"{space}{{{turn}:{piece.lstrip('▁')}>{_name_shown(tokenizer, token_id, shown_id)}}}")
+            words.append(f"{space}{{{turn}:{surface}>{_name_shown(tokenizer, token_id, shown_id)}}}")
         else:
-            words.append(f" {piece} " if token_id in tokenizer.special_ids else piece.replace("▁", " "))
+            words.append(f" {surface} " if token_id in tokenizer.special_ids else space + surface)
     yield " ".join("".join(words).split())
     yield "turns: " + "  ".join(
         f"{turn}:{'|'.join(tokenizer.piece(t) for t in batch.tokens_BL[row, positions[turns == turn]])}@{positions[turns == turn][0]}"
@@ -85,4 +85,4 @@ def _show(tokenizer: Tokenizer, batch: SampleBatch, row: int) -> Iterator[str]:
 def _name_shown(tokenizer: Tokenizer, original_id: int, shown_id: int) -> str:
     if shown_id == tokenizer.mask_id:
         return "[M]"
-    return "kept" if shown_id == original_id else tokenizer.piece(shown_id).lstrip("▁")
+    return "kept" if shown_id == original_id else tokenizer.surface(shown_id)

@@ -1,4 +1,4 @@
-"""Blockwise masking, Algorithm 1 of the UniLMv2 paper, for many samples at once.
+"""Blockwise masking, Algorithm 1 of the UniLMv2 paper, compiled.
 
     repeat: p = a random place of the text; l = randint(2, 6) if rand() < 0.4 else 1;
             if none of x_p .. x_{p+l-1} is masked already, that block is the next turn (factorization step);
@@ -13,14 +13,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
-from data_prep.draws import Decision, draw_words, scale_high_bits, scale_low_bits
+from data_prep.draws import Decision, draw_words
 
 MASK_PERCENT = 15
 BLOCK_PROBABILITY = 0.4
 MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 2, 6
 SHOW_MASK_PROBABILITY, SHOW_RANDOM_PROBABILITY = 0.8, 0.1  # in what is left, the original token is shown
+
+_HALF_WORD = 2**32
+_IS_BLOCK_BELOW = round(BLOCK_PROBABILITY * _HALF_WORD)
+_SHOW_MASK_BELOW = round(SHOW_MASK_PROBABILITY * _HALF_WORD)
+_SHOW_RANDOM_BELOW = round((SHOW_MASK_PROBABILITY + SHOW_RANDOM_PROBABILITY) * _HALF_WORD)
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ def max_masked(max_length_tokens: int, num_special_tokens: int) -> int:
 
 
 def num_attempts(max_masked_tokens: int) -> int:
-    """How many draws of a block a sample gets; that they do not suffice has a probability below 1e-12."""
-    return 2 * max_masked_tokens + 32
+    """How many draws of a block a sample gets; about half of them are used, and what is missing then is filled up."""
+    return max_masked_tokens + 24
 
 
 def draw_mask_set(
@@ -65,65 +71,92 @@ def draw_mask_set(
     mask_set: int,
 ) -> MaskSet:
     """Mask set number `mask_set` for samples first_sample ..; the masks of a sample depend on nothing but its number,
-    its tokens, the seed and the set."""
-    num_samples, length = tokens_BL.shape
+    its tokens, the seed and the set.
+
+    A sample's words are its attempts, each a start (upper half) and a length (lower half), and behind them one for each
+    masked token that decides what is shown.
+    """
+    num_samples, max_length = tokens_BL.shape
     attempts = num_attempts(max_masked_tokens)
-    words = draw_words(
-        seed, Decision.MASKS, first_sample, num_samples, 2 * attempts + max_masked_tokens, variant=mask_set
+    words_BW = draw_words(seed, Decision.MASKS, first_sample, num_samples, attempts + max_masked_tokens, mask_set)
+    is_special_V = np.isin(np.arange(max(tokens_BL.max(), special_ids.max()) + 1), special_ids)
+    num_masked_B = np.zeros(num_samples, dtype=np.int32)
+    positions_BP = np.zeros((num_samples, max_masked_tokens), dtype=np.int32)
+    turns_BP, shown_BP = np.zeros_like(positions_BP), np.zeros_like(positions_BP)
+    _algorithm_1(
+        tokens_BL.astype(np.int32, copy=False), length_B.astype(np.int32, copy=False), is_special_V,
+        num_masked(np.arange(max_length + 1)), words_BW, attempts, normal_ids.astype(np.int32), mask_id,
+        num_masked_B, positions_BP, turns_BP, shown_BP,
     )  # fmt: skip
-    blocked = np.ones((num_samples, length + MAX_BLOCK_TOKENS), dtype=bool)  # the margin blocks what runs past the text
-    blocked[:, :length] = np.isin(tokens_BL, special_ids) | (np.arange(length) >= length_B[:, None])
-    target_B = num_masked((~blocked).sum(axis=1))
-    starts, lengths = _block_draws(words[:, : 2 * attempts], length_B)
-    positions, turns = _place_blocks(blocked, target_B, starts, lengths, max_masked_tokens)
-    originals = np.take_along_axis(tokens_BL, positions, axis=1)
-    shown = _shown_ids(words[:, 2 * attempts :], originals, mask_id, normal_ids)
-    return MaskSet(target_B, positions, turns, np.where(turns > 0, shown, 0))
+    return MaskSet(num_masked_B, positions_BP, turns_BP, shown_BP)
 
 
-def _block_draws(words: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length of every attempt, each [B, attempts]."""
-    starts = scale_high_bits(words[:, ::2], length_B[:, None]).astype(np.int64)
-    is_block = scale_high_bits(words[:, 1::2], 2**32) < np.uint64(round(BLOCK_PROBABILITY * 2**32))
-    block_lengths = MIN_BLOCK_TOKENS + scale_low_bits(words[:, 1::2], MAX_BLOCK_TOKENS - MIN_BLOCK_TOKENS + 1)
-    return starts, np.where(is_block, block_lengths, 1).astype(np.int64)
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def block_draw(word: int, length: int) -> tuple[int, int]:
+    """Start and length of the block that a word stands for, in a text of `length` tokens."""
+    start = ((word >> np.uint64(32)) * np.uint64(length)) >> np.uint64(32)
+    low = word & np.uint64(0xFFFFFFFF)
+    if low >= np.uint64(_IS_BLOCK_BELOW):
+        return int(start), 1
+    lengths = MAX_BLOCK_TOKENS - MIN_BLOCK_TOKENS + 1
+    return int(start), MIN_BLOCK_TOKENS + int(low * np.uint64(lengths) // np.uint64(_IS_BLOCK_BELOW))
 
 
-def _place_blocks(
-    blocked: np.ndarray, target_B: np.ndarray, starts: np.ndarray, lengths: np.ndarray, max_masked_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run the draws of all samples side by side; `blocked` is changed."""
-    num_samples = len(blocked)
-    offsets = np.arange(MAX_BLOCK_TOKENS)
-    positions = np.zeros((num_samples, max_masked_tokens), dtype=np.int64)
-    turns = np.zeros_like(positions)
-    count = np.zeros(num_samples, dtype=np.int64)
-    turn = np.zeros(num_samples, dtype=np.int64)
-    open_rows = np.flatnonzero(target_B > 0)
-    for attempt in range(starts.shape[1]):
-        if not len(open_rows):
-            break
-        length = np.minimum(lengths[open_rows, attempt], (target_B - count)[open_rows])
-        span = starts[open_rows, attempt, None] + offsets
-        inside = offsets < length[:, None]
-        free = ~(blocked[open_rows[:, None], span] & inside).any(axis=1)
-        rows, length, span, inside = open_rows[free], length[free], span[free], inside[free]
-        turn[rows] += 1
-        row_of, place = np.broadcast_to(rows[:, None], span.shape)[inside], (count[rows, None] + offsets)[inside]
-        positions[row_of, place] = span[inside]
-        turns[row_of, place] = turn[row_of]
-        blocked[row_of, span[inside]] = True
-        count[rows] += length
-        open_rows = open_rows[count[open_rows] < target_B[open_rows]]
-    for row in open_rows:  # draws used up: single tokens from the left
-        rest = np.flatnonzero(~blocked[row])[: target_B[row] - count[row]]
-        positions[row, count[row] : target_B[row]] = rest
-        turns[row, count[row] : target_B[row]] = turn[row] + 1 + np.arange(len(rest))
-    return positions, turns
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def shown_id(word: int, original: int, normal_ids: np.ndarray, mask_id: int) -> int:
+    """What the context shows in place of `original`."""
+    coin = word >> np.uint64(32)
+    if coin < np.uint64(_SHOW_MASK_BELOW):
+        return mask_id
+    if coin < np.uint64(_SHOW_RANDOM_BELOW):
+        return int(normal_ids[((word & np.uint64(0xFFFFFFFF)) * np.uint64(len(normal_ids))) >> np.uint64(32)])
+    return original
 
 
-def _shown_ids(words: np.ndarray, originals: np.ndarray, mask_id: int, normal_ids: np.ndarray) -> np.ndarray:
-    random_ids = normal_ids[scale_low_bits(words, len(normal_ids)).astype(np.int64)]
-    coin = scale_high_bits(words, 2**32).astype(np.float64) / 2**32
-    shown = np.where(coin < SHOW_MASK_PROBABILITY + SHOW_RANDOM_PROBABILITY, random_ids, originals)
-    return np.where(coin < SHOW_MASK_PROBABILITY, mask_id, shown)
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _algorithm_1(
+    tokens_BL: np.ndarray,
+    length_B: np.ndarray,
+    is_special_V: np.ndarray,
+    num_masked_of: np.ndarray,
+    words_BW: np.ndarray,
+    attempts: int,
+    normal_ids: np.ndarray,
+    mask_id: int,
+    num_masked_B: np.ndarray,
+    positions_BP: np.ndarray,
+    turns_BP: np.ndarray,
+    shown_BP: np.ndarray,
+) -> None:
+    is_blocked = np.empty(tokens_BL.shape[1], dtype=np.bool_)
+    for b in range(len(length_B)):
+        length, num_maskable = length_B[b], 0
+        for position in range(length):
+            is_blocked[position] = is_special_V[tokens_BL[b, position]]
+            num_maskable += not is_blocked[position]
+        target = num_masked_of[num_maskable]
+        num_masked_B[b] = target
+        count, turn, attempt = 0, 0, 0
+        while count < target:
+            if attempt < attempts:
+                start, block = block_draw(words_BW[b, attempt], length)
+                attempt += 1
+                block = min(block, target - count)
+            else:  # draws used up: single tokens from the left
+                start, block = 0, 1
+                while is_blocked[start]:
+                    start += 1
+            is_free = start + block <= length
+            for position in range(start, min(start + block, length)):
+                is_free = is_free and not is_blocked[position]
+            if not is_free:
+                continue
+            turn += 1
+            for position in range(start, start + block):
+                is_blocked[position] = True
+                positions_BP[b, count] = position
+                turns_BP[b, count] = turn
+                shown_BP[b, count] = shown_id(
+                    words_BW[b, attempts + count], tokens_BL[b, position], normal_ids, mask_id
+                )
+                count += 1

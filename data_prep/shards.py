@@ -3,7 +3,7 @@
 A data set is a folder:
 
     manifest.json            written last; without it there is no data set
-    tokenizer.model          the SentencePiece model the ids belong to
+    tokenizer.model          the tokenizer the ids belong to: a SentencePiece model, or tokenizer.json: WordPiece
     train-00000.h5 ...       shards of `shard_samples` samples, the last one of a split shorter
     validation-00000.h5 ...
 
@@ -38,12 +38,11 @@ import numpy as np
 from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
 from data_prep.masking import MAX_BLOCK_TOKENS, MaskSet, num_masked
 from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "pmlm-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 CHUNK_SAMPLES = 128
 MAX_LENGTH_LIMIT_TOKENS = 2**16 - 1
 _MAX_OPEN_FILES = 32
@@ -62,42 +61,56 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_size: int) -> dict[str, Any]:
-    """Write one shard, whole or not at all; returns its entry of the manifest.
+class ShardWriter:
+    """Writes a shard, whole or not at all, from blocks of samples.
 
     The file is built in memory: what HDF5 would write piece by piece to a full disk is one plain write.
     """
-    token = token_dtype(vocab_size)
-    stacked = {
-        "masked_positions": (np.uint16, np.stack([m.positions_BP for m in mask_sets], axis=1)),
-        "turns": (np.uint16, np.stack([m.turns_BP for m in mask_sets], axis=1)),
-        "shown": (token, np.stack([m.shown_BP for m in mask_sets], axis=1)),
-    }
-    arrays: dict[str, tuple[type, np.ndarray]] = {
-        "tokens": (token, samples.tokens_BL),
-        "length": (np.uint16, samples.length_B),
-        "segment_boundary": (np.uint16, samples.segment_boundary_B),
-        "num_masked": (np.uint16, mask_sets[0].num_masked_B),
-        **stacked,
-    }
-    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
-        file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
-        file.attrs["version"] = VERSION
-        for name, (dtype, array) in arrays.items():
-            chunk_rows = min(CHUNK_SAMPLES, len(array))
-            chunks = (chunk_rows, 1, array.shape[2]) if array.ndim == 3 else (chunk_rows, *array.shape[1:])
-            file.create_dataset(name, data=array.astype(dtype), chunks=chunks, fletcher32=True)
-        file.flush()
-        image = file.id.get_file_image()
-    write_whole(path, image)
-    return {
-        "file": path.name,
-        "num_samples": len(samples.tokens_BL),
-        "num_tokens": int(samples.length_B.sum()),
-        "num_masked": int(mask_sets[0].num_masked_B.sum()),
-        "size_bytes": len(image),
-        "sha256": hashlib.sha256(image).hexdigest(),
-    }
+
+    def __init__(self, path: Path, num_samples: int, max_length_tokens: int, mask_sets: int, max_masked_tokens: int,
+                 vocab_size: int) -> None:  # fmt: skip
+        self._path, self._num_samples, self._num_written = path, num_samples, 0
+        self._counts = {"num_tokens": 0, "num_masked": 0}
+        self._file = h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest")
+        self._file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
+        self._file.attrs["version"] = VERSION
+        token, rows = token_dtype(vocab_size), min(CHUNK_SAMPLES, num_samples)
+        masks = (num_samples, mask_sets, max_masked_tokens)
+        shapes: dict[str, tuple[type, tuple[int, ...]]] = {
+            "tokens": (token, (num_samples, max_length_tokens)), "length": (np.uint16, (num_samples,)),
+            "segment_boundary": (np.uint16, (num_samples,)), "num_masked": (np.uint16, (num_samples,)),
+            "masked_positions": (np.uint16, masks), "turns": (np.uint16, masks), "shown": (token, masks),
+        }  # fmt: skip
+        for name, (dtype, shape) in shapes.items():
+            chunks = (rows, 1, shape[2]) if len(shape) == 3 else (rows, *shape[1:])
+            self._file.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)
+
+    def write(self, samples: Samples, mask_sets: list[MaskSet]) -> None:
+        """Append a block of samples: a whole number of chunks, but for the last one."""
+        rows = slice(self._num_written, self._num_written + len(samples.length_B))
+        self._file["tokens"][rows] = samples.tokens_BL
+        self._file["length"][rows] = samples.length_B
+        self._file["segment_boundary"][rows] = samples.segment_boundary_B
+        self._file["num_masked"][rows] = mask_sets[0].num_masked_B
+        for k, masks in enumerate(mask_sets):
+            self._file["masked_positions"][rows, k] = masks.positions_BP
+            self._file["turns"][rows, k] = masks.turns_BP
+            self._file["shown"][rows, k] = masks.shown_BP
+        self._counts["num_tokens"] += int(samples.length_B.sum())
+        self._counts["num_masked"] += int(mask_sets[0].num_masked_B.sum())
+        self._num_written = rows.stop
+
+    def finish(self) -> dict[str, Any]:
+        """Put the file in its place; returns its entry of the manifest."""
+        assert self._num_written == self._num_samples
+        self._file.flush()
+        image = self._file.id.get_file_image()
+        self._file.close()
+        write_whole(self._path, image)
+        return {
+            "file": self._path.name, "num_samples": self._num_samples, **self._counts, "size_bytes": len(image),
+            "sha256": hashlib.sha256(image).hexdigest(),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,14 +145,15 @@ class DataSet:
         self.parameters: dict[str, Any] = self.manifest["parameters"]
         self.max_length_tokens: int = self.parameters["max_length_tokens"]
         self.num_mask_sets: int = self.parameters["mask_sets"]
-        if not (folder / TOKENIZER).is_file():
-            raise ValueError(f"{folder / TOKENIZER}: is missing; put it back or build the data anew")
-        self.tokenizer = Tokenizer(folder / TOKENIZER)
-        if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
+        path = folder / self.manifest["tokenizer"]["file"]
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing; put it back or build the data anew")
+        if (found := sha256_of_file(path)) != self.manifest["tokenizer"]["sha256"]:
             raise ValueError(
-                f"{folder / TOKENIZER}: not the tokenizer these shards were made with (SHA-256 {self.tokenizer.sha256[:12]}, "
+                f"{path}: not the tokenizer these shards were made with (SHA-256 {found[:12]}, "
                 f"expected {self.manifest['tokenizer']['sha256'][:12]}); put the right file back or build the data anew"
             )
+        self.tokenizer = load_tokenizer(path)
         self._open_files: OrderedDict[Path, h5py.File] = OrderedDict()
 
     def num_samples(self, split: Split) -> int:
@@ -230,11 +244,12 @@ def read_data_manifest(folder: Path) -> dict[str, Any]:
 def find_faults(folder: Path, advance: Any = lambda num_bytes: None) -> Iterator[str]:
     """Read every byte of a data set; one line for each thing that is wrong, nothing for a sound one."""
     manifest = read_data_manifest(folder)
-    if not (folder / TOKENIZER).is_file():
-        yield f"{TOKENIZER}: is missing"
+    name = manifest["tokenizer"]["file"]
+    if not (folder / name).is_file():
+        yield f"{name}: is missing"
         return
-    if (found := sha256_of_file(folder / TOKENIZER)) != manifest["tokenizer"]["sha256"]:
-        yield f"{TOKENIZER}: SHA-256 is {found[:12]}, expected {manifest['tokenizer']['sha256'][:12]}"
+    if (found := sha256_of_file(folder / name)) != manifest["tokenizer"]["sha256"]:
+        yield f"{name}: SHA-256 is {found[:12]}, expected {manifest['tokenizer']['sha256'][:12]}"
         return
     data = DataSet(folder)
     for split in SPLITS:

@@ -1,72 +1,224 @@
-"""The SentencePiece tokenizer: training it, loading it, and its special ids."""
+"""The tokenizers: SentencePiece and WordPiece behind one interface, their special ids, and training one."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import sentencepiece
+import tokenizers
 
 from data_prep.files import sha256_of_file, write_whole
 
 PAD, UNK, SOS, EOS, MASK = "[PAD]", "[UNK]", "[SOS]", "[EOS]", "[MASK]"
+ROLE_PIECES = {
+    "PAD": (PAD, "<pad>"),
+    "SOS": (SOS, "[CLS]", "<s>"),
+    "EOS": (EOS, "[SEP]", "</s>"),
+    "MASK": (MASK, "<mask>"),
+}
+"""The names under which known vocabularies have each special token; the first one that is a special token counts."""
+_REMEDY_JSON = "make it of a vocab.txt: `python -m data_prep import-tokenizer --from vocab.txt --tokenizer OUT.json`"
+_WORD_START = "▁"  # of a SentencePiece entry
 _TRAINING_LINE_BYTES = 16_384  # SentencePiece silently drops longer sentences than it was told to expect
 _TRAINING_THREADS = 2  # fixed: sums over threads would make the model depend on the machine
 
 
-class Tokenizer:
-    """A SentencePiece model with the five special tokens of this project.
+class Tokenizer(ABC):
+    """Text to token ids and back. Text can never produce a special id besides `unk_id`.
 
-    Special ids are read from the model, never assumed. `normal_ids` are the ids that text can be made of: those that
+    Special ids are read from the file, never assumed. `normal_ids` are the ids that text can be made of: those that
     may stand in for a masked token.
     """
 
+    file_name: ClassVar[str]
+    """What the file is called in a data set, a run or an export."""
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    pad_id: int
+    unk_id: int
+    sos_id: int
+    eos_id: int
+    mask_id: int
+    special_ids: np.ndarray
+    normal_ids: np.ndarray
+
+    def _set_ids(self, special_id: Callable[[str], int | None], is_text: Sequence[bool], remedy: str) -> None:
+        """`special_id` gives the id of a special token's name, None where text could spell it or there is none."""
+        found = {
+            role: [i for name in names if (i := special_id(name)) is not None] for role, names in ROLE_PIECES.items()
+        }
+        if missing := [f"{role} ({' or '.join(ROLE_PIECES[role])})" for role, ids in found.items() if not ids]:
+            raise ValueError(f"{self.path}: has no special token for {', '.join(missing)}; {remedy}")
+        self.pad_id, self.sos_id, self.eos_id, self.mask_id = (found[role][0] for role in ("PAD", "SOS", "EOS", "MASK"))
+        self.special_ids = np.array(sorted({self.pad_id, self.unk_id, self.sos_id, self.eos_id, self.mask_id}))
+        self.normal_ids = np.setdiff1d(np.flatnonzero(is_text), self.special_ids)
+
+    @abstractmethod
+    def encode(self, lines: Sequence[str]) -> np.ndarray:
+        """Token ids of the lines one behind the other, int32 [num_tokens]; without special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens are left out, an unknown one is what the vocabulary writes, here " [UNK] "."""
+
+    @abstractmethod
+    def piece(self, token_id: int) -> str:
+        """The vocabulary entry itself, with its mark of a word's start (`▁`) or inside (`##`)."""
+
+    @abstractmethod
+    def surface(self, token_id: int) -> str:
+        """The vocabulary entry without that mark."""
+
+    @abstractmethod
+    def is_word_start(self, token_id: int) -> bool:
+        """Whether a word begins here, as with special tokens; the unknown one may stand inside a word of SentencePiece's."""
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file: WordPiece in a .json, else SentencePiece.
+
+    Raises FileNotFoundError, or ValueError if `path` is neither or lacks a special token.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            2, "no such tokenizer; make one with `python -m data_prep train-tokenizer` or `import-tokenizer`", str(path)
+        )
+    if path.suffix == ".txt":
+        raise ValueError(
+            f"{path}: a vocabulary alone does not say how text is normalised; make a tokenizer of it with "
+            f"`python -m data_prep import-tokenizer --from {path} --tokenizer OUT.json`"
+        )
+    return WordPiece(path) if path.suffix == ".json" else SentencePiece(path)
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model, unigram or BPE, whose special tokens are control symbols."""
+
+    file_name = "tokenizer.model"
+
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError, or ValueError if `path` is no SentencePiece model with [PAD] [SOS] [EOS] [MASK]."""
         self.path = path
-        if not path.is_file():
-            raise FileNotFoundError(
-                2, "no such tokenizer; make one with `python -m data_prep train-tokenizer`", str(path)
-            )
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
-        self.vocab_size: int = self._model.vocab_size()
-        self.unk_id: int = self._model.unk_id()
-        self.pad_id, self.sos_id, self.eos_id, self.mask_id = (self._special_id(p) for p in (PAD, SOS, EOS, MASK))
-        self.special_ids = np.array(sorted({self.pad_id, self.unk_id, self.sos_id, self.eos_id, self.mask_id}))
+        self.sha256 = sha256_of_file(path)
+        self.vocab_size = self._model.vocab_size()
+        self.unk_id = self._model.unk_id()
         is_text = [
             not (self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_unused(i) or self._model.is_byte(i))
             for i in range(self.vocab_size)
         ]  # fmt: skip
-        self.normal_ids = np.flatnonzero(is_text)
-        self.sha256 = sha256_of_file(path)
+        remedy = f"give it control symbols for them: `python -m data_prep import-tokenizer --from {path} --tokenizer OUT.model`"
+        self._set_ids(self._control_id, is_text, remedy)
 
-    def _special_id(self, piece: str) -> int:
-        token_id = self._model.piece_to_id(piece)
-        if token_id == self.unk_id or not self._model.is_control(token_id):
-            raise ValueError(
-                f"{self.path}: has no control symbol {piece}; expected a model made by `python -m data_prep train-tokenizer`"
-            )
-        return int(token_id)
+    def _control_id(self, piece: str) -> int | None:
+        token_id = int(self._model.piece_to_id(piece))
+        return token_id if self._model.is_control(token_id) else None
 
     def encode(self, lines: Sequence[str]) -> np.ndarray:
-        """Token ids of the lines one behind the other, int32 [num_tokens]; without special tokens."""
-        encoded = self._model.encode(list(lines))
-        return np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
+        encoded = [self._model.encode(line) for line in lines]  # a call for a list starts threads: slower
+        return np.fromiter(chain.from_iterable(encoded), dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens are left out, an unknown one is " [UNK] "."""
         return str(self._model.decode([int(i) for i in ids]))
 
     def piece(self, token_id: int) -> str:
-        """The vocabulary entry itself, `▁` at the start of a word."""
         return str(self._model.id_to_piece(int(token_id)))
+
+    def surface(self, token_id: int) -> str:
+        return self.piece(token_id).removeprefix(_WORD_START)
+
+    def is_word_start(self, token_id: int) -> bool:
+        return bool(self._model.is_control(int(token_id))) or self.piece(token_id).startswith(_WORD_START)
+
+
+class WordPiece(Tokenizer):
+    """BERT's tokenizer, in the `tokenizers` library's own format.
+
+    A special token's name has punctuation in it, at which BERT splits text: so text cannot spell it, and the library's
+    own search for such names, which would find them, is not used.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            stored = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not a file of the `tokenizers` library ({error}); {_REMEDY_JSON}") from None
+        _refuse_unlike_bert(path, stored)
+        self._model = tokenizers.Tokenizer(stored.model)
+        self._model.normalizer, self._model.pre_tokenizer = stored.normalizer, stored.pre_tokenizer
+        self._prefix: str = stored.model.continuing_subword_prefix
+        self._model.decoder = tokenizers.decoders.WordPiece(prefix=self._prefix)
+        self.sha256 = sha256_of_file(path)
+        vocabulary = self._model.get_vocab()
+        self.vocab_size = len(vocabulary)
+        self._pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+        self.unk_id = vocabulary[stored.model.unk_token]
+        is_text = [is_one_word(piece.removeprefix(self._prefix)) for piece in self._pieces]
+
+        def special_id(piece: str) -> int | None:
+            token_id = vocabulary.get(piece)
+            return None if token_id is None or is_text[token_id] else token_id
+
+        self._set_ids(special_id, is_text, _REMEDY_JSON)
+        self._not_decoded = set(self.special_ids.tolist()) - {self.unk_id}
+
+    def encode(self, lines: Sequence[str]) -> np.ndarray:
+        encoded = (self._model.encode(line, add_special_tokens=False).ids for line in lines)
+        return np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = [int(i) for i in ids if int(i) not in self._not_decoded]
+        return str(self._model.decode(kept, skip_special_tokens=False))
+
+    def piece(self, token_id: int) -> str:
+        return self._pieces[token_id]
+
+    def surface(self, token_id: int) -> str:
+        return self._pieces[token_id].removeprefix(self._prefix)
+
+    def is_word_start(self, token_id: int) -> bool:
+        return not self._pieces[token_id].startswith(self._prefix)
+
+
+def is_one_word(text: str) -> bool:
+    """Whether BERT leaves `text` in one piece, so that WordPiece may find it in a text."""
+    return len(tokenizers.pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)) == 1
+
+
+def _refuse_unlike_bert(path: Path, stored: tokenizers.Tokenizer) -> None:
+    """A tokenizer.json may describe anything; what is not BERT's would be taken for it, and give other ids."""
+    for part, expected in (
+        (stored.model, tokenizers.models.WordPiece),
+        (stored.normalizer, tokenizers.normalizers.BertNormalizer),
+        (stored.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer),
+    ):
+        if not isinstance(part, expected):
+            raise ValueError(f"{path}: has {type(part).__name__}, expected {expected.__name__}; {_REMEDY_JSON}")
+    vocabulary = stored.get_vocab(with_added_tokens=False)
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError(f"{path}: ids of its {len(vocabulary)} entries are not 0, 1, 2, ...; {_REMEDY_JSON}")
+    if stored.model.unk_token not in vocabulary:
+        raise ValueError(f"{path}: {stored.model.unk_token} for the unknown is not in its vocabulary; {_REMEDY_JSON}")
+    for token_id, token in stored.get_added_tokens_decoder().items():
+        if vocabulary.get(token.content) != token_id or not token.special:
+            raise ValueError(
+                f"{path}: its added token {token.content} is no special token of its vocabulary; {_REMEDY_JSON}"
+            )
 
 
 def train_tokenizer(
@@ -75,8 +227,10 @@ def train_tokenizer(
     """Train a SentencePiece model on `lines` and write it, whole, to `path`.
 
     Uncased is a matter of normalisation (nmt_nfkc_cf), so raw text can be given to the finished model.
-    Raises ValueError if the text cannot support `vocab_size` entries.
+    Raises ValueError if the text cannot support `vocab_size` entries, or `path` is named like another kind's file.
     """
+    if path.suffix in (".json", ".txt"):
+        raise ValueError(f"{path}: would hold a SentencePiece model; choose a name that ends in .model")
     model = io.BytesIO()
     guarded = _Guarded(lines)
     try:
@@ -93,7 +247,7 @@ def train_tokenizer(
         raise ValueError(_why_training_failed(str(error), vocab_size)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, model.getvalue())
-    return Tokenizer(path)
+    return SentencePiece(path)
 
 
 class _Guarded:

@@ -2,7 +2,7 @@
 
     EXPORT/config.json          sizes, and the special ids
     EXPORT/model.safetensors    fp32 weights, named as in the released UniLMv2 checkpoints
-    EXPORT/tokenizer.model
+    EXPORT/tokenizer.model      or tokenizer.json, which config.json tells
 
 The output embedding is the word embedding; it is stored once.
 """
@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save
 
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, sync_directory, write_json, write_whole
-from data_prep.shards import TOKENIZER
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import SHARDS, newest_whole
 from pretrain.model import PMLM, PMLMConfig
 
@@ -41,7 +40,7 @@ def export(run: Path, output: Path) -> int:
     if output.exists():
         raise ValueError(f"{output}: exists already; remove it or choose another --output")
     identity = checkpoint.manifest["identity"]
-    tokenizer = Tokenizer(run / TOKENIZER)
+    tokenizer = load_tokenizer(run / identity["tokenizer_file"])
     if tokenizer.sha256 != identity["tokenizer_sha256"]:
         raise ValueError(f"{tokenizer.path}: not the tokenizer this run was trained with; copy it from the data set")
     from pretrain.engine import consolidated_weights
@@ -53,12 +52,12 @@ def export(run: Path, output: Path) -> int:
     unfinished.mkdir(parents=True)
     try:
         write_whole(unfinished / WEIGHTS, save(stored))
-        write_whole(unfinished / TOKENIZER, tokenizer.path.read_bytes())
+        write_whole(unfinished / tokenizer.file_name, tokenizer.path.read_bytes())
         write_json(unfinished / CONFIG, {
             "format": FORMAT, "version": VERSION, "model": identity["model"], "objective": identity["objective"],
             "special_ids": {name: getattr(tokenizer, f"{name}_id") for name in ("pad", "unk", "sos", "eos", "mask")},
-            "tokenizer_sha256": tokenizer.sha256, "trained_steps": checkpoint.step,
-            "trained_samples": checkpoint.samples_consumed,
+            "tokenizer_file": tokenizer.file_name, "tokenizer_sha256": tokenizer.sha256,
+            "trained_steps": checkpoint.step, "trained_samples": checkpoint.samples_consumed,
         })  # fmt: skip
     except OSError:
         shutil.rmtree(unfinished)
@@ -76,7 +75,7 @@ def load_exported(folder: Path) -> tuple[PMLM, Tokenizer]:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
         raise ValueError(f"{folder / CONFIG}: not a {FORMAT} export of version {VERSION}")
-    tokenizer = Tokenizer(folder / TOKENIZER)
+    tokenizer = load_tokenizer(folder / config["tokenizer_file"])
     if tokenizer.sha256 != config["tokenizer_sha256"]:
         raise ValueError(f"{tokenizer.path}: not the tokenizer this model was trained with")
     model = PMLM(PMLMConfig(**config["model"]))

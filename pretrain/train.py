@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data_prep.console import progress_bar
 from data_prep.files import sha256_of_file, write_whole
-from data_prep.shards import TOKENIZER, manifest_path
+from data_prep.shards import manifest_path
 from pretrain.batches import Share, TrainingBatches, validation_batches
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config import Inputs
@@ -61,7 +61,8 @@ class Trainer:
         self._batches = TrainingBatches(inputs.data, self._config.objective, self._share, self._config.seed)
         self._metrics = Metrics(self._config.run, self._engine.steps) if self._is_main else None
         if self._is_main:  # `export` needs it when the data set may be elsewhere
-            write_whole(self._config.run / TOKENIZER, inputs.data.tokenizer.path.read_bytes())
+            tokenizer = inputs.data.tokenizer
+            write_whole(self._config.run / tokenizer.file_name, tokenizer.path.read_bytes())
         self._report_start(model, passed_over, checkpoint is not None)
 
     def _report_start(self, model: PMLM, passed_over: list[str], is_resumed: bool) -> None:
@@ -203,6 +204,7 @@ def run_identity(inputs: Inputs, world_size: int) -> dict[str, Any]:
         "objective": inputs.config.objective.value,
         "seed": inputs.config.seed,
         "data_sha256": sha256_of_file(manifest_path(inputs.data.folder)),
+        "tokenizer_file": inputs.data.tokenizer.file_name,
         "tokenizer_sha256": inputs.data.tokenizer.sha256,
         "precision": inputs.deepspeed.precision,
         "zero_stage": inputs.deepspeed.values.get("zero_optimization", {}).get("stage", 0),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
-from support import REPOSITORY
+from support import REPOSITORY, run_command
 
 PACKAGES = ("data_prep", "pretrain", "finetune")
 
@@ -38,7 +39,13 @@ def test_nothing_flows_back() -> None:
 
 
 def test_data_prep_never_imports_torch() -> None:
-    assert not imported_packages("data_prep") & {"torch", "deepspeed"}
+    assert not imported_packages("data_prep") & {"torch", "deepspeed", "transformers"}
+
+
+def test_data_prep_never_imports_torch_through_others() -> None:
+    code = "import sys, data_prep.__main__; print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    done = run_command([sys.executable, "-c", code])
+    assert done.stdout == "['tokenizers']\n", done.stderr
 
 
 def test_deepspeed_is_imported_in_one_file() -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from support import REPOSITORY, run_command
 
 from data_prep.build import BuildParameters, build
-from data_prep.console import progress_bar
-from data_prep.corpus import find_sources, read_documents
+from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.import_tokenizer import import_tokenizer
 from data_prep.packing import Samples, assemble
-from data_prep.tokenizer import Tokenizer, train_tokenizer
+from data_prep.processes import LocalProcesses
+from data_prep.tokenizer import Tokenizer, WordPiece, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +46,40 @@ def tokenizer(lines: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tok
 
 
 @pytest.fixture(scope="session")
+def bert_vocabulary(lines: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocab.txt like BERT's, cased, with unused entries before its special ones and letters of several scripts."""
+    trained = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    text = [
+        *lines,
+        *(line.lower() for line in lines),
+        "naïve café ÅÇÑÜ èàéêîôû",
+        "пример слова",
+        "日本語文字",
+        "mask pad cls [#]",
+    ]
+    trained.train_from_iterator(text, trainer)
+    vocabulary = trained.get_vocab()
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("".join(f"{entry}\n" for entry in sorted(vocabulary, key=vocabulary.__getitem__)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", params=["uncased", "cased"])
+def word_piece(
+    bert_vocabulary: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> WordPiece:
+    """The same as a tokenizer, uncased and cased."""
+    path = tmp_path_factory.mktemp("word_piece") / "imported.json"
+    tokenizer = import_tokenizer(bert_vocabulary, path, cased=request.param == "cased", pieces={})
+    assert isinstance(tokenizer, WordPiece)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def corpus_ids(sample_corpus: Path, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids of the whole sample corpus, its rare characters as [UNK]."""
     return np.concatenate([tokenizer.encode(d.lines) for d in read_documents(find_sources([sample_corpus]))])
@@ -57,14 +93,20 @@ def assemble_texts(tokenizer: Tokenizer) -> Callable[..., Samples]:
 
 @pytest.fixture(scope="session")
 def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
-    """`build` without a progress bar; `settings` are BuildParameters besides short samples and small shards."""
+    """`build` without a progress bar; `settings`: ReadSettings, and BuildParameters besides short samples and small shards."""
 
     def run(
-        corpus: list[Path], folder: Path, *, workers: int = 1, tokenizer_path: Path = tokenizer.path, **settings: Any
+        corpus: list[Path],
+        folder: Path,
+        *,
+        workers: int = 1,
+        tokenizer_path: Path = tokenizer.path,
+        **settings: Any,
     ) -> bool:
+        reading = ReadSettings(**{k: settings.pop(k) for k in ("document_per", "text_field") if k in settings})
         parameters = BuildParameters(**{"max_length_tokens": 64, "shard_samples": 128, **settings})
-        no_bar = partial(progress_bar, unit="B", is_shown=False)
-        return build(corpus, tokenizer_path, folder, parameters, workers=workers, bar=no_bar)
+        with LocalProcesses(workers) as processes:
+            return build(corpus, tokenizer_path, folder, parameters, reading, processes)
 
     return run
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from support import REPOSITORY, environment
 
 from data_prep import build as build_module
 from data_prep.build import BuildParameters
-from data_prep.corpus import find_sources, read_documents
+from data_prep.corpus import find_sources, plan_units, read_documents
 from data_prep.masking import draw_mask_set
 from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, Split, find_faults
 from data_prep.tokenizer import Tokenizer, train_tokenizer
@@ -53,10 +54,10 @@ def entries(sample_corpus: Path) -> list[str]:
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
     sample_corpus: Path, tmp_path: Path, build_data: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor on how much text a worker is handed at a time. Nor on the time: three builds are seconds apart."""
+    """Nor on how much text a process reads at a time. Nor on the time: three builds are seconds apart."""
     corpus = [sample_corpus / "devils_dictionary.jsonl", *sorted(sample_corpus.rglob("chapter_[0-2]*.txt"))]
-    for workers, batch_characters in [(1, 2**20), (2, 20_000), (3, 1_000)]:
-        monkeypatch.setattr(build_module, "_BATCH_CHARACTERS", batch_characters)
+    for workers, unit_bytes in [(1, 2**20), (2, 20_000), (3, 1_000)]:
+        monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_bytes=unit_bytes))
         folder = tmp_path / str(workers)
         assert build_data(corpus, folder, workers=workers, mask_sets=2, validation_fraction=0.2)
     one, two, three = (files_of(tmp_path / str(workers)) for workers in (1, 2, 3))
@@ -97,8 +98,8 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     manifest = json.loads((data_folder / MANIFEST).read_bytes())
     assert [source["name"] for source in manifest["sources"]] == [chapter.name for chapter in chapters[:9]]
     assert manifest["parameters"] == {
-        "max_length_tokens": 64, "mask_sets": 2, "validation_fraction": 0.2, "document_per": "file",
-        "shard_samples": 128, "seed": 0,
+        "max_length_tokens": 64, "mask_sets": 2, "validation_fraction": 0.2, "shard_samples": 128, "seed": 0,
+        "document_per": "file", "text_field": "text",
     }  # fmt: skip
     documents = manifest["documents"]
     assert documents["train"] + documents["validation"] == 9
@@ -118,6 +119,8 @@ def test_a_second_build_changes_nothing(data_folder: Path, chapters: list[Path],
         ({"seed": 1}, "parameters"),
         ({"mask_sets": 3}, "parameters"),
         ({"max_length_tokens": 65}, "parameters"),
+        ({"document_per": "blank_line"}, "parameters"),
+        ({"text_field": "content"}, "parameters"),
         ({"tokenizer_path": "other.model"}, "tokenizer"),
         ({"corpus": slice(0, 8)}, "sources"),
         ({"corpus": slice(8, None, -1)}, "sources"),
@@ -289,7 +292,9 @@ class RunningBuild:
     def wait(self) -> list[str]:
         """Lines on stderr, without those of the progress bar."""
         _, errors = self.process.communicate(timeout=60)
-        return [line for line in errors.splitlines() if not line.startswith("tokenize and mask:")]
+        return [
+            line for line in errors.splitlines() if not line.startswith(("read input:", "tokenize:", "draw masks:"))
+        ]
 
     def stop(self) -> None:
         if self.members():
@@ -360,3 +365,28 @@ def test_ctrl_c_ends_the_build_in_one_line(running_build: RunningBuild) -> None:
     assert until(lambda: not running_build.members())
     assert_left_is_whole(running_build.folder)
     assert not list(running_build.folder.glob(".*.partial"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_build_is_gone_on_with_and_not_begun_anew(
+    running_build: RunningBuild, chapters: list[Path], build_data: Build
+) -> None:
+    os.killpg(running_build.process.pid, signal.SIGKILL)
+    running_build.wait()
+    work = running_build.folder / build_module.WORK
+    done = {path: path.stat().st_mtime_ns for path in (*work.glob("unit-*"), *running_build.folder.glob("*.h5"))}
+    assert done
+    with pytest.raises(ValueError, match="holds an unfinished data set made from other parameters"):
+        build_data(chapters[:30], running_build.folder, max_length_tokens=16, mask_sets=3)
+    seen: dict[Path, int] = {}
+    remove = shutil.rmtree
+
+    def look_first(folder: Path) -> None:
+        seen.update({path: path.stat().st_mtime_ns for path in done})
+        remove(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module.shutil, "rmtree", look_first)
+        assert build_data(chapters[:30], running_build.folder, max_length_tokens=16, mask_sets=2)
+    assert seen == done
+    assert not work.exists()

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from data_prep import corpus
-from data_prep.corpus import Document, describe_sources, find_sources, read_documents
+from data_prep.corpus import Document, ReadSettings, find_sources, read_documents
 
 BOM = b"\xef\xbb\xbf"
 
 
 def texts(*paths: Path, document_per: corpus.DocumentPer = "file") -> list[str]:
     """The documents' lines, joined by |."""
-    return ["|".join(document.lines) for document in read_documents(find_sources(paths), document_per)]
+    return ["|".join(document.lines) for document in read_documents(find_sources(paths), ReadSettings(document_per))]
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -67,14 +67,6 @@ def test_several_paths_come_as_given(tmp_path: Path) -> None:
     for name in ("x/b.txt", "x/a.txt", "y.txt"):
         write(tmp_path / name, name.encode())
     assert texts(tmp_path / "y.txt", tmp_path / "x") == ["y.txt", "x/a.txt", "x/b.txt"]
-
-
-def test_description_of_sources(tmp_path: Path) -> None:
-    content = "naïve".encode()
-    write(tmp_path / "sub" / "a.txt", content)
-    assert describe_sources(find_sources([tmp_path])) == [
-        {"name": "sub/a.txt", "size_bytes": 6, "sha256": hashlib.sha256(content).hexdigest()}
-    ]
 
 
 @pytest.mark.parametrize("document_per", ["file", "blank_line"])
@@ -162,9 +154,9 @@ def test_a_document_too_large_is_refused(
 
 def test_bytes_read_are_reported(sample_corpus: Path) -> None:
     sources = find_sources([sample_corpus])
-    for document_per in ("file", "blank_line"):
+    for settings in (ReadSettings("file"), ReadSettings("blank_line")):
         advances: list[int] = []
-        assert list(read_documents(sources, document_per, advances.append))
+        assert list(read_documents(sources, settings, advances.append))
         assert sum(advances) == sum(source.size_bytes for source in sources)
 
 
@@ -175,13 +167,13 @@ def test_no_such_corpus(tmp_path: Path) -> None:
 
 def test_a_folder_without_texts(tmp_path: Path) -> None:
     write(tmp_path / "notes.md", b"text")
-    with pytest.raises(ValueError, match=rf"{tmp_path}: no \.txt or \.jsonl file there"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: no \.txt, \.jsonl \(.*\), \.parquet or \.arrow file there"):
         find_sources([tmp_path])
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     path = write(tmp_path / "text.pdf", b"text")
-    with pytest.raises(ValueError, match=r"text\.pdf: expected a name that ends in \.txt or \.jsonl"):
+    with pytest.raises(ValueError, match=r"text\.pdf: expected a name that ends in \.txt, \.jsonl"):
         find_sources([path])
 
 

@@ -13,9 +13,10 @@ import h5py
 import numpy as np
 import pytest
 
-from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, TOKENIZER, DataSet, find_faults
+from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, find_faults
 
 SHARD = "train-00000.h5"
+TOKENIZER = "tokenizer.model"
 PATIENCE_S = 10.0
 
 

@@ -1,4 +1,4 @@
-"""masking.py, which runs many samples side by side, against Algorithm 1 as the paper states it, a sample at a time."""
+"""masking.py, which is compiled, against Algorithm 1 as the paper states it."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def algorithm_1(
 ) -> tuple[list[int], list[int], list[int]]:
     """Positions, turns and shown ids of one text (its special tokens included, its padding not) from its raw words.
 
-    Word 2a gives the start of attempt a; word 2a + 1 whether it is a block (upper half) and how long (lower half); one
-    word for each masked token follows: what is shown (upper half) and which random id (lower half).
+    Word a gives the start of attempt a (upper half), whether it is a block and how long (lower half); one word for each
+    masked token follows: what is shown (upper half) and which random id (lower half).
     """
     maskable = [position for position, token in enumerate(ids) if token not in tokenizer.special_ids]
     target = max(1, int(0.15 * len(maskable) + 0.5 + 1e-9)) if maskable else 0
@@ -67,9 +67,10 @@ def algorithm_1(
     for attempt in range(attempts):
         if len(positions) == target:
             break
-        start = (words[2 * attempt] >> 32) * len(ids) >> 32
-        upper, lower = divmod(words[2 * attempt + 1], 2**32)
-        length = 2 + (lower * 5 >> 32) if upper < round(0.4 * 2**32) else 1
+        upper, lower = divmod(words[attempt], 2**32)
+        start = upper * len(ids) >> 32
+        is_block_below = round(0.4 * 2**32)
+        length = 2 + lower * 5 // is_block_below if lower < is_block_below else 1
         block = range(start, start + min(length, target - len(positions)))
         if all(position in maskable and position not in positions for position in block):
             turns += [max(turns, default=0) + 1] * len(block)
@@ -78,7 +79,7 @@ def algorithm_1(
         turns.append(max(turns, default=0) + 1)
         positions.append(next(position for position in maskable if position not in positions))
     shown = []
-    for position, word in zip(positions, words[2 * attempts :], strict=False):
+    for position, word in zip(positions, words[attempts:], strict=False):
         upper, lower = divmod(word, 2**32)
         random_id = int(tokenizer.normal_ids[lower * len(tokenizer.normal_ids) >> 32])
         shown.append(tokenizer.mask_id if upper < 0.8 * 2**32 else random_id if upper < 0.9 * 2**32 else ids[position])
@@ -105,7 +106,7 @@ def test_equals_algorithm_1(corpus_ids: np.ndarray, tokenizer: Tokenizer, max_le
     )  # fmt: skip
     attempts = num_attempts(texts.max_masked_tokens)
     for mask_set in (0, 1, 7):
-        num_words = 2 * attempts + texts.max_masked_tokens
+        num_words = attempts + texts.max_masked_tokens
         words = draw_words(3, Decision.MASKS, first_sample, num_samples, num_words, variant=mask_set)
         masks = draw(texts, tokenizer, seed=3, first_sample=first_sample, mask_set=mask_set)
         assert_is_algorithm_1(masks, texts, words, attempts, tokenizer)
@@ -124,7 +125,7 @@ def test_equals_algorithm_1_for_any_key(
         corpus_ids, tokenizer, num_samples=num_samples, max_length=max_length, unk_share=unk_share, seed=seed
     )  # fmt: skip
     attempts = num_attempts(texts.max_masked_tokens)
-    num_words = 2 * attempts + texts.max_masked_tokens
+    num_words = attempts + texts.max_masked_tokens
     words = draw_words(seed, Decision.MASKS, first_sample, num_samples, num_words, variant=mask_set)
     masks = draw(texts, tokenizer, seed=seed, first_sample=first_sample, mask_set=mask_set)
     assert_is_algorithm_1(masks, texts, words, attempts, tokenizer)
@@ -136,7 +137,7 @@ def test_equals_algorithm_1_when_the_attempts_run_out(
 ) -> None:
     monkeypatch.setattr(masking, "num_attempts", lambda max_masked_tokens: attempts)
     texts = cut_texts(corpus_ids, tokenizer, num_samples=60, max_length=200, unk_share=0.3, seed=attempts)
-    words = draw_words(1, Decision.MASKS, 0, 60, 2 * attempts + texts.max_masked_tokens)
+    words = draw_words(1, Decision.MASKS, 0, 60, attempts + texts.max_masked_tokens)
     masks = draw(texts, tokenizer, seed=1)
     assert_is_algorithm_1(masks, texts, words, attempts, tokenizer)
 

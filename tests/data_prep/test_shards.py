@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,20 +14,30 @@ from data_prep.packing import NUM_SPECIAL_TOKENS, Samples, cut_into_texts
 from data_prep.shards import (
     CHUNK_SAMPLES,
     MANIFEST,
-    TOKENIZER,
     DataSet,
     SampleBatch,
+    ShardWriter,
     check_samples,
     find_faults,
     read_data_manifest,
     token_dtype,
     write_data_manifest,
-    write_shard,
 )
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 
 MAX_LENGTH = 64
 SHARD_SAMPLES = 256
+TOKENIZER = "tokenizer.model"
+
+
+def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_size: int) -> dict[str, Any]:
+    """All samples of a shard, in blocks of two chunks."""
+    writer = ShardWriter(path, *samples.tokens_BL.shape, len(mask_sets), mask_sets[0].positions_BP.shape[1], vocab_size)
+    for start in range(0, len(samples.length_B), 256):
+        rows = slice(start, start + 256)
+        block = Samples(**{name: array[rows] for name, array in vars(samples).items()})
+        writer.write(block, [MaskSet(**{name: a[rows] for name, a in vars(masks).items()}) for masks in mask_sets])
+    return writer.finish()
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,8 @@ def test_the_segment_boundary_is_uniform(
 
 def test_forty_percent_of_the_draws_are_blocks_of_two_to_six_tokens_anywhere() -> None:
     words = draw_words(6, Decision.MASKS, 0, 400, 200)
-    starts, lengths = masking._block_draws(words, np.full(400, 100))
+    draws = np.array([masking.block_draw(word, 100) for word in words.ravel()])
+    starts, lengths = draws[:, 0], draws[:, 1]
     assert_share(int((lengths > 1).sum()), lengths.size, 0.4)
     counts = np.bincount(lengths.ravel(), minlength=7)
     assert counts[0] == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_prep.tokenizer import EOS, MASK, PAD, SOS, UNK, Tokenizer, train_tokenizer
+from data_prep.tokenizer import EOS, MASK, PAD, SOS, UNK, Tokenizer, load_tokenizer, train_tokenizer
 
 SPECIAL_SURFACES = [PAD, UNK, SOS, EOS, MASK]
 
@@ -139,8 +139,9 @@ def test_a_model_without_our_control_symbols_is_refused(
     lines: list[str], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     path = sentencepiece_model(tmp_path / "foreign.model", lines, **settings)
-    with pytest.raises(ValueError, match=r"foreign\.model: has no control symbol \[\w+\]; expected a model made by"):
-        Tokenizer(path)
+    missing = r"MASK \(\[MASK\] or <mask>\); give it control symbols for them: `python -m data_prep import-tokenizer"
+    with pytest.raises(ValueError, match=rf"foreign\.model: has no special token for (PAD .*, )?{missing}"):
+        load_tokenizer(path)
 
 
 def test_special_ids_are_read_from_the_model_and_bytes_are_no_normal_ids(lines: list[str], tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_special_ids_are_read_from_the_model_and_bytes_are_no_normal_ids(lines: 
         tmp_path / "other_order.model", lines, control_symbols=[MASK], unk_id=0, bos_id=1, eos_id=2, pad_id=3,
         pad_piece=PAD, unk_piece=UNK, bos_piece=SOS, eos_piece=EOS, byte_fallback=True,
     )  # fmt: skip
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(path)
     ids = [tokenizer.unk_id, tokenizer.sos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id]
     assert ids == [0, 1, 2, 3, 4]
     assert not any(re.fullmatch("<0x..>", tokenizer.piece(i)) for i in tokenizer.normal_ids)
@@ -159,16 +160,32 @@ def test_special_ids_are_read_from_the_model_and_bytes_are_no_normal_ids(lines: 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.model").write_bytes(content)
     with pytest.raises(ValueError, match=r"t\.model: not a SentencePiece model"):
-        Tokenizer(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")
 
 
 def test_half_a_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     content = tokenizer.path.read_bytes()
     (tmp_path / "t.model").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"t\.model: not a SentencePiece model"):
-        Tokenizer(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")
 
 
 def test_no_such_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train-tokenizer"):
-        Tokenizer(tmp_path / "missing.model")
+        load_tokenizer(tmp_path / "missing.model")
+
+
+def test_words_start_where_white_space_was(trained: tuple[Tokenizer, bool]) -> None:
+    tokenizer, _ = trained
+    ids = tokenizer.encode(["the truth universally acknowledged"]).tolist()
+    starts = [position for position, token_id in enumerate(ids) if tokenizer.is_word_start(token_id)]
+    words = ["".join(map(tokenizer.surface, ids[i:j])) for i, j in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    assert words == ["the", "truth", "universally", "acknowledged"]
+    assert all(map(tokenizer.is_word_start, [tokenizer.pad_id, tokenizer.sos_id, tokenizer.eos_id, tokenizer.mask_id]))
+
+
+@pytest.mark.parametrize("name", ["t.json", "vocab.txt"])
+def test_a_model_is_not_written_under_another_kinds_name(lines: list[str], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: would hold a SentencePiece model; .* ends in \.model"):
+        train_tokenizer(lines, tmp_path / name, vocab_size=500)
+    assert not list(tmp_path.iterdir())

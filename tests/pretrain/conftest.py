@@ -9,8 +9,8 @@ import torch
 from support import REPOSITORY
 
 from data_prep.build import BuildParameters, build
-from data_prep.console import progress_bar
-from data_prep.corpus import find_sources, read_documents
+from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet
 from data_prep.tokenizer import train_tokenizer
 
@@ -26,10 +26,8 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (line for document in read_documents(find_sources(corpus)) for line in document.lines)
     train_tokenizer(lines, folder / "tokenizer.model", vocab_size=1000)
     parameters = BuildParameters(max_length_tokens=64, mask_sets=2, validation_fraction=0.1, shard_samples=512)
-    build(
-        corpus, folder / "tokenizer.model", folder / "set", parameters, workers=1,
-        bar=lambda description, total: progress_bar(description, total, "B", is_shown=False),
-    )  # fmt: skip
+    with LocalProcesses(1) as processes:
+        build(corpus, folder / "tokenizer.model", folder / "set", parameters, ReadSettings(), processes)
     return folder / "set"
 
 

