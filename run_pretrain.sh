@@ -13,8 +13,9 @@ usage() {
     cat <<'USAGE'
 usage: ./run_pretrain.sh [flags] [flags of run_pretrain.py]
 
-  --corpus PATH...         .txt and .jsonl files, or folders of them        (default: sample_corpus)
+  --corpus PATH...         text, JSON lines, Parquet, Arrow; files, folders (default: sample_corpus)
   --document_per WHAT      file or blank_line: a document of a .txt file    (default: file)
+  --text_field NAME        where JSON lines and tables keep the text        (default: text)
   --name NAME              data go to data/NAME, the run to runs/NAME       (default: the corpus's name)
   --vocab_size N           entries of the tokenizer                         (default: 4000)
   --max_length_tokens N    tokens of a sample                               (default: 128)
@@ -26,7 +27,7 @@ Any other flag goes to run_pretrain.py; what it takes: .venv/bin/python run_pret
 USAGE
 }
 
-corpus=() name="" document_per=file vocab_size=4000 max_length_tokens=128 mask_sets=4 ranks=""
+corpus=() name="" document_per=file text_field=text vocab_size=4000 max_length_tokens=128 mask_sets=4 ranks=""
 deepspeed_config=ds_configs/zero2_local.json
 training_flags=() has_model=no
 while [ $# -gt 0 ]; do
@@ -35,7 +36,7 @@ while [ $# -gt 0 ]; do
     case $flag in
         -h | --help) usage; exit 0 ;;
         --corpus) shift; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$1"); shift; done; continue ;;
-        --name | --document_per | --vocab_size | --max_length_tokens | --mask_sets | --ranks | --deepspeed_config)
+        --name | --document_per | --text_field | --vocab_size | --max_length_tokens | --mask_sets | --ranks | --deepspeed_config)
             [ $# -ge 2 ] || { echo "run_pretrain.sh: error: $1 needs a value" >&2; exit 2; }
             printf -v "${flag#--}" %s "$2"; shift 2; continue ;;
         --model | --model=*) has_model=yes ;;
@@ -54,12 +55,13 @@ gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 [ -n "$ranks" ] || { [ "$gpus" -gt 0 ] && ranks=$gpus || ranks=2; }
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 
+reading=(--document_per "$document_per" --text_field "$text_field")
 tokenizer=data/$name-$vocab_size.model
 if [ ! -e "$tokenizer" ]; then
-    python -m data_prep train-tokenizer --corpus "${corpus[@]}" --document_per "$document_per" \
+    python -m data_prep train-tokenizer --corpus "${corpus[@]}" "${reading[@]}" \
         --tokenizer "$tokenizer" --vocab_size "$vocab_size"
 fi
-python -m data_prep build --corpus "${corpus[@]}" --document_per "$document_per" --tokenizer "$tokenizer" \
+python -m data_prep build --corpus "${corpus[@]}" "${reading[@]}" --tokenizer "$tokenizer" \
     --data "data/$name" --max_length_tokens "$max_length_tokens" --mask_sets "$mask_sets"
 
 # --quiet: the launcher's own messages; each rank's log is in runs/NAME/logs.

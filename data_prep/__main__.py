@@ -82,7 +82,7 @@ def make_parser() -> ArgumentParser:
     sub.add_argument(
         "--sample_mb",
         type=float,
-        default=1000,
+        default=200,
         metavar="N",
         help="train on about this much of the corpus, in MB: memory",
     )

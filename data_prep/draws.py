@@ -36,8 +36,3 @@ def draw_words(
 def scale_high_bits(words: np.ndarray, bounds: np.ndarray | int) -> np.ndarray:
     """Integers in [0, bound) from the upper 32 bits of each word (bias under bound / 2**32)."""
     return ((words >> np.uint64(32)) * np.asarray(bounds, dtype=np.uint64)) >> np.uint64(32)
-
-
-def scale_low_bits(words: np.ndarray, bounds: np.ndarray | int) -> np.ndarray:
-    """Integers in [0, bound) from the lower 32 bits of each word (bias under bound / 2**32)."""
-    return ((words & np.uint64(0xFFFFFFFF)) * np.asarray(bounds, dtype=np.uint64)) >> np.uint64(32)
