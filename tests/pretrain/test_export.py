@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from support import REPOSITORY, deepspeed_json, run_command
 
 from data_prep.build import BuildParameters, build
-from data_prep.console import progress_bar
+from data_prep.corpus import ReadSettings
 from data_prep.import_tokenizer import import_tokenizer
+from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet
 from data_prep.tokenizer import WordPiece
 from pretrain.batches import Share, validation_batches
@@ -60,10 +61,9 @@ def test_a_word_piece_tokenizer_goes_from_data_to_export(tmp_path: Path) -> None
     entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
     (tmp_path / "vocab.txt").write_text("\n".join(entries), "utf-8")
     import_tokenizer(tmp_path / "vocab.txt", tmp_path / "bert.json", pieces={})
-    build(
-        corpus, tmp_path / "bert.json", tmp_path / "data", BuildParameters(max_length_tokens=64), workers=1,
-        bar=lambda description, total: progress_bar(description, total, "B", is_shown=False),
-    )  # fmt: skip
+    with LocalProcesses(1) as processes:
+        parameters = BuildParameters(max_length_tokens=64)
+        build(corpus, tmp_path / "bert.json", tmp_path / "data", parameters, ReadSettings(), processes)
     config = deepspeed_json(tmp_path / "ds.json", fp16=None, train_micro_batch_size_per_gpu=32)
     done = run_command(
         ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(tmp_path / "data"), "--run",
