@@ -32,7 +32,7 @@ class RunConfig:
     seed: int = 0
     """Of initial weights, sample order and dropout."""
     log_every_steps: int = 10
-    """Steps between records in RUN/metrics.jsonl and TensorBoard."""
+    """Steps between records in RUN/metrics.jsonl and TensorBoard; also of the first and the last step."""
     validate_every_steps: int = 1000
     """Steps between validations; also at the start and the end; 0 = never."""
     validation_samples: int = 2048

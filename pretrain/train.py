@@ -103,7 +103,7 @@ class Trainer:
                 step = self._engine.steps
                 num_tokens += sum(layout.num_tokens for layout in micro_batches)
                 is_last = step >= total
-                is_logged = step % self._config.log_every_steps == 0 or is_last
+                is_logged = step == 1 or step % self._config.log_every_steps == 0 or is_last
                 values = self._means(sums) if is_logged else {}
                 step_time_s += time.perf_counter() - started
                 bar.update()
