@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support import REPOSITORY
 from two_hosts import TwoHosts, start_two_hosts
 
 
@@ -12,3 +18,26 @@ from two_hosts import TwoHosts, start_two_hosts
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     """Two hosts that DeepSpeed's launcher reaches over pdsh and ssh."""
     yield from start_two_hosts(tmp_path_factory.mktemp("two_hosts"))
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git would hand out, with the environment that is already there.
+
+    Only the number of training steps is smaller: ds_configs/zero2_local.json is cut down to three.
+    """
+    folder = tmp_path_factory.mktemp("copy")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    local = folder / "ds_configs" / "zero2_local.json"
+    values = json.loads(local.read_text())
+    values["scheduler"]["params"] |= {"total_num_steps": 3, "warmup_num_steps": 1}
+    local.write_text(json.dumps(values))
+    (folder / "my_texts").mkdir()
+    for chapter in sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("*.txt"))[:40]:
+        shutil.copy2(chapter, folder / "my_texts")
+    return folder

@@ -19,6 +19,7 @@ from data_prep.packing import assemble
 from data_prep.shards import SampleBatch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50
 
@@ -82,6 +83,17 @@ def run_command(
     return subprocess.run(
         command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=timeout_s, check=False
     )
+
+
+def run_in_shell(command: str, folder: Path) -> str:
+    """A command line that must succeed, as a user types it; its stdout and stderr, together."""
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment(), text=True, timeout=300, check=False, executable="/bin/bash",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    assert "Traceback" not in done.stdout
+    return done.stdout
 
 
 def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
