@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from data_prep.build import BuildParameters, draw_mask_sets
+from data_prep.build import draw_mask_sets
 from data_prep.console import ArgumentParser, run_command
 from data_prep.corpus import ReadSettings, find_sources, read_documents
 from data_prep.packing import Samples
+from data_prep.parameters import BuildParameters
 from data_prep.shards import CHUNK_SAMPLES, DataSet
 from data_prep.tokenizer import train_tokenizer
 from pretrain.batches import SampleOrder, _Chunks

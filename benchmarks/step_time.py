@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import transformers
 
-from data_prep.build import BuildParameters, build
+from data_prep.build import build
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
 from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet, SampleBatch
 from data_prep.tokenizer import train_tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import inspect
-from data_prep.build import BuildParameters, build
+from data_prep.build import build
 from data_prep.console import (
     USER_ERROR_STATUS,
     ArgumentParser,
@@ -26,6 +26,7 @@ from data_prep.corpus import ReadSettings, find_sources, read_documents
 from data_prep.formats import EXPECTED_NAMES
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.line_sample import LineSample
+from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
 from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest

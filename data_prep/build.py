@@ -2,7 +2,7 @@
 
 Two stages of independent tasks, each of which leaves its result in a file, so that an interrupted build goes on:
 
-    units     a part of the input: read, tokenize, cut into texts    -> DATA/.work/unit-00000012.{npz,json}
+    units     a part of the input: read, tokenize, cut into texts    -> DATA/.work/unit-00000012.npz, .json
     shards    the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
 
 Between them, the main process counts the texts of all units: from then on every sample has its number.
@@ -10,7 +10,6 @@ Between them, the main process counts the texts of all units: from then on every
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,68 +32,28 @@ from data_prep.masking import (
     SHOW_RANDOM_PROBABILITY,
     MaskSet,
     draw_mask_set,
-    max_masked,
 )  # fmt: skip
-from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS, Samples, assemble, cut_into_texts
+from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, assemble
+from data_prep.parameters import BuildParameters
 from data_prep.processes import Processes
 from data_prep.shards import (
     CHUNK_SAMPLES,
-    MAX_LENGTH_LIMIT_TOKENS,
     SPLITS,
     ShardWriter,
     Split,
     manifest_path,
     read_data_manifest,
     shard_name,
-    token_dtype,
     write_data_manifest,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.units import is_done, read_counts, read_texts, tokenize, write_unit
 
 WORK = ".work"
 _PLAN = "plan.json"
 _SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
 BLOCK_SAMPLES = 8 * CHUNK_SAMPLES  # samples in memory at a time while a shard is written
 _FIRST_VALIDATION_SAMPLE = 2**48
-
-
-@dataclass(frozen=True)
-class BuildParameters:
-    """Everything that decides the bytes of a data set, besides its texts and its tokenizer."""
-
-    max_length_tokens: int = 512
-    """Tokens of a sample, the three special ones included."""
-    mask_sets: int = 1
-    """Pre-sampled mask sets of each sample; epoch e of the training uses set e mod K."""
-    validation_fraction: float = 0.05
-    """Share of the documents, chosen by their hash, that training never sees."""
-    shard_samples: int = 16_384
-    """Samples a shard; a multiple of 128, the samples of an HDF5 chunk."""
-    seed: int = 0
-    """Key of every random choice."""
-
-    def __post_init__(self) -> None:
-        faults = []
-        shortest = MIN_DOCUMENT_TOKENS + NUM_SPECIAL_TOKENS
-        if not shortest <= self.max_length_tokens <= MAX_LENGTH_LIMIT_TOKENS:
-            faults.append(
-                f"max_length_tokens is {self.max_length_tokens}, expected {shortest} to {MAX_LENGTH_LIMIT_TOKENS}"
-            )
-        if self.mask_sets < 1:
-            faults.append(f"mask_sets is {self.mask_sets}, expected at least 1")
-        if not 0 <= self.validation_fraction < 1:
-            faults.append(f"validation_fraction is {self.validation_fraction}, expected 0 or more and less than 1")
-        if self.shard_samples < 1 or self.shard_samples % CHUNK_SAMPLES:
-            faults.append(f"shard_samples is {self.shard_samples}, expected a multiple of {CHUNK_SAMPLES}")
-        if not 0 <= self.seed < 2**63:
-            faults.append(f"seed is {self.seed}, expected 0 to 2**63 - 1")
-        if faults:
-            raise ValueError("; ".join(faults))
-
-    @property
-    def max_masked_tokens(self) -> int:
-        """P: the most masked tokens of a sample."""
-        return max_masked(self.max_length_tokens, NUM_SPECIAL_TOKENS)
 
 
 Bar = Callable[[str, int, str], Any]
@@ -150,11 +109,11 @@ def build(
     if processes.on_main(lambda: _is_made(folder, made_from)):
         return False
 
-    todo = processes.on_main(lambda: [i for i in range(len(units)) if not _unit_file(folder, i, "json").exists()])
+    todo = processes.on_main(lambda: [i for i in range(len(units)) if not is_done(folder / WORK, i)])
     with bar("tokenize", sum(u.size_bytes for u in units), "B") as progress:
         progress.update(sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo))
         processes.run(_tokenize_unit, [(i, units[i]) for i in todo], progress.update)
-    counts = processes.on_main(lambda: _counts_of_units(folder, len(units)))
+    counts = processes.on_main(lambda: [read_counts(folder / WORK, unit) for unit in range(len(units))])
     shards = processes.on_main(lambda: _plan_shards(counts, parameters.shard_samples))
     processes.on_main(lambda: _refuse_nothing_to_train_on(corpus, folder, counts))
     todo_shards = processes.on_main(lambda: [shard for shard in shards if not _shard_file(folder, shard).exists()])
@@ -202,10 +161,6 @@ def _refuse_changes(folder: Path, what: str, found: dict[str, Any], made_from: d
         raise ValueError(
             f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another --data"
         )
-
-
-def _counts_of_units(folder: Path, num_units: int) -> list[dict[str, int]]:
-    return [read_json(_unit_file(folder, unit, "json")) for unit in range(num_units)]
 
 
 def _plan_shards(counts: list[dict[str, int]], shard_samples: int) -> list[_ShardPlan]:
@@ -292,10 +247,6 @@ def draw_mask_sets(
     ]  # fmt: skip
 
 
-def _unit_file(folder: Path, unit: int, suffix: str) -> Path:
-    return folder / WORK / f"unit-{unit:08d}.{suffix}"
-
-
 def _shard_file(folder: Path, shard: _ShardPlan) -> Path:
     return folder / WORK / f"{Path(shard_name(shard.split, shard.index)).stem}.json"
 
@@ -328,37 +279,16 @@ def _hash_source(index: int) -> tuple[int, str]:
 
 def _tokenize_unit(index: int, unit: Unit) -> int:
     """Leave the unit's texts and counts in files; returns its size in bytes."""
-    parameters = _worker.parameters
-    texts: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
-    counts: Counter[str] = Counter()
-    for document in read_unit(_worker.sources, unit, _worker.reading):
-        split: Split = "validation" if document.hash < parameters.validation_fraction * 2**64 else "train"
-        ids = _worker.tokenizer.encode(document.lines)
-        if len(ids) < MIN_DOCUMENT_TOKENS:
-            counts["too_short"] += 1
-            continue
-        counts[split] += 1
-        texts[split] += cut_into_texts(ids, parameters.max_length_tokens)
-    arrays: dict[str, np.ndarray] = {}
-    token = token_dtype(_worker.tokenizer.vocab_size)
-    for split, of_split in texts.items():
-        counts[f"{split}_samples"] = len(of_split)
-        arrays[f"{split}_ids"] = np.concatenate([np.zeros(0, token), *of_split], dtype=token, casting="unsafe")
-        arrays[f"{split}_ends"] = np.cumsum([len(text) for text in of_split], dtype=np.int64)
-    content = io.BytesIO()
-    np.savez(content, **arrays)  # type: ignore[arg-type]
-    write_whole(_unit_file(_worker.folder, index, "npz"), content.getvalue())
-    write_json(_unit_file(_worker.folder, index, "json"), dict(sorted(counts.items())))
+    documents = read_unit(_worker.sources, unit, _worker.reading)
+    write_unit(_worker.folder / WORK, index, *tokenize(documents, _worker.tokenizer, _worker.parameters))
     return unit.size_bytes
 
 
 def _texts_of(shard: _ShardPlan) -> Iterator[np.ndarray]:
     for unit, first, stop in shard.parts:
-        with np.load(_unit_file(_worker.folder, unit, "npz"), allow_pickle=False) as stored:
-            ids, ends = stored[f"{shard.split}_ids"], stored[f"{shard.split}_ends"]
-        starts = np.concatenate([[0], ends[:-1]])
+        texts = read_texts(_worker.folder / WORK, unit, shard.split)
         for text in range(first, stop):
-            yield ids[starts[text] : ends[text]]
+            yield texts[text]
 
 
 def _write_shard(shard: _ShardPlan) -> int:

@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.build import BLOCK_SAMPLES, WORK, BuildParameters, draw_mask_sets, number_of_sample
+from data_prep.build import BLOCK_SAMPLES, WORK, draw_mask_sets, number_of_sample
 from data_prep.console import progress_bar
 from data_prep.files import read_json, sha256_of_file, write_json, write_whole
 from data_prep.packing import Samples
+from data_prep.parameters import BuildParameters
 from data_prep.processes import Processes
 from data_prep.shards import SPLITS, DataSet, ShardWriter, Split, manifest_path, read_data_manifest, write_data_manifest
 

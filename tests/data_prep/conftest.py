@@ -14,10 +14,11 @@ import pytest
 import tokenizers
 from support import REPOSITORY, run_command
 
-from data_prep.build import BuildParameters, build
+from data_prep.build import build
 from data_prep.corpus import ReadSettings, find_sources, read_documents
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.packing import Samples, assemble
+from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.tokenizer import Tokenizer, WordPiece, train_tokenizer
 

@@ -20,9 +20,9 @@ import pytest
 from support import REPOSITORY, environment
 
 from data_prep import build as build_module
-from data_prep.build import BuildParameters
 from data_prep.corpus import find_sources, plan_units, read_documents
 from data_prep.masking import draw_mask_set
+from data_prep.parameters import BuildParameters
 from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, Split, find_faults
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from support import REPOSITORY
 
-from data_prep.build import BuildParameters, build
+from data_prep.build import build
 from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet
 from data_prep.tokenizer import train_tokenizer

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import REPOSITORY, deepspeed_json, run_command
 
-from data_prep.build import BuildParameters, build
+from data_prep.build import build
 from data_prep.corpus import ReadSettings
 from data_prep.import_tokenizer import import_tokenizer
+from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet
 from data_prep.tokenizer import WordPiece

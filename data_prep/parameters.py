@@ -1,0 +1,48 @@
+"""The parameters of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_prep.masking import max_masked
+from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS
+from data_prep.shards import CHUNK_SAMPLES, MAX_LENGTH_LIMIT_TOKENS
+
+
+@dataclass(frozen=True)
+class BuildParameters:
+    """Everything that decides the bytes of a data set, besides its texts and its tokenizer."""
+
+    max_length_tokens: int = 512
+    """Tokens of a sample, the three special ones included."""
+    mask_sets: int = 1
+    """Pre-sampled mask sets of each sample; epoch e of the training uses set e mod K."""
+    validation_fraction: float = 0.05
+    """Share of the documents, chosen by their hash, that training never sees."""
+    shard_samples: int = 16_384
+    """Samples a shard; a multiple of 128, the samples of an HDF5 chunk."""
+    seed: int = 0
+    """Key of every random choice."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        shortest = MIN_DOCUMENT_TOKENS + NUM_SPECIAL_TOKENS
+        if not shortest <= self.max_length_tokens <= MAX_LENGTH_LIMIT_TOKENS:
+            faults.append(
+                f"max_length_tokens is {self.max_length_tokens}, expected {shortest} to {MAX_LENGTH_LIMIT_TOKENS}"
+            )
+        if self.mask_sets < 1:
+            faults.append(f"mask_sets is {self.mask_sets}, expected at least 1")
+        if not 0 <= self.validation_fraction < 1:
+            faults.append(f"validation_fraction is {self.validation_fraction}, expected 0 or more and less than 1")
+        if self.shard_samples < 1 or self.shard_samples % CHUNK_SAMPLES:
+            faults.append(f"shard_samples is {self.shard_samples}, expected a multiple of {CHUNK_SAMPLES}")
+        if not 0 <= self.seed < 2**63:
+            faults.append(f"seed is {self.seed}, expected 0 to 2**63 - 1")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def max_masked_tokens(self) -> int:
+        """P: the most masked tokens of a sample."""
+        return max_masked(self.max_length_tokens, NUM_SPECIAL_TOKENS)
