@@ -41,7 +41,7 @@ main() {
     total=$(cat "${files[@]}" | grep -c '^[a-z]' -i)
     args=()
     for file in "${files[@]}"; do args+=(-r "$file"); done
-    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "${args[@]}" >"$log" 2>&1 &
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile "${args[@]}" >"$log" 2>&1 &
     pip=$!
     trap 'kill $pip 2>/dev/null || true' EXIT
     while kill -0 $pip 2>/dev/null; do
