@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ranks import Ranks
 from support import REPOSITORY
 from two_hosts import TwoHosts, start_two_hosts
 
@@ -18,6 +19,14 @@ from two_hosts import TwoHosts, start_two_hosts
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     """Two hosts that DeepSpeed's launcher reaches over pdsh and ssh."""
     yield from start_two_hosts(tmp_path_factory.mktemp("two_hosts"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes that act as ranks: `two_ranks(function, *arguments)`."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What several test files need: made-up samples, small models, and processes that act as ranks."""
+"""What several test files need: made-up samples, commands, and scripts run as ranks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.multiprocessing
 
 from data_prep.masking import draw_mask_set, max_masked
 from data_prep.packing import assemble
@@ -53,21 +51,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _rank_main(
-    rank: int, function: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]
-) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    function(rank, *arguments)
-
-
-def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Run `function(rank, *arguments)` in as many fresh processes; an exception in one is raised here."""
-    torch.multiprocessing.spawn(_rank_main, (function, world_size, free_port(), arguments), nprocs=world_size)
 
 
 def environment(**changes: str) -> dict[str, str]:

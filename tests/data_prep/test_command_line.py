@@ -1,4 +1,4 @@
-"""`python -m data_prep` as a user calls it, in processes of their own."""
+"""`python -m data_prep` as a user calls it."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_an_unknown_flag_is_an_error(data_prep_command: CommandLine) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--cased"], ["--algorithm", "bpe"]], ids=["cased", "bpe"])
 def test_from_texts_to_a_verified_data_set(
-    data_prep_command: CommandLine, chapters: list[Path], tmp_path: Path, flags: list[str]
+    data_prep_process: CommandLine, chapters: list[Path], tmp_path: Path, flags: list[str]
 ) -> None:
     tokenizer, data = tmp_path / "made" / "tokenizer.model", tmp_path / "made" / "pretrain"
-    trained = data_prep_command(
+    trained = data_prep_process(
         "train-tokenizer", "--corpus", *chapters[:5], "--tokenizer", tokenizer, "--vocab-size", 500, *flags
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
@@ -81,26 +81,26 @@ def test_from_texts_to_a_verified_data_set(
     assert trained.stdout == words
     building = ["build", "--corpus", *chapters[:5], "--tokenizer", tokenizer, "--data", data, *SMALL]
 
-    built = data_prep_command(*building, "--mask-sets", 2, "--validation-fraction=0.3")
+    built = data_prep_process(*building, "--mask-sets", 2, "--validation-fraction=0.3")
     assert built.returncode == 0, built.stderr
     assert "documents: " in built.stdout
-    again = data_prep_command(*building, "--mask_sets", 2, "--validation_fraction=0.3")
+    again = data_prep_process(*building, "--mask_sets", 2, "--validation_fraction=0.3")
     assert again.returncode == 0
     assert "nothing to do" in again.stdout, "--mask_sets and --mask-sets are the same flag"
     assert_one_line_of_error(
-        data_prep_command(*building, "--mask-sets", 3), "build", data, "made from other parameters"
+        data_prep_process(*building, "--mask-sets", 3), "build", data, "made from other parameters"
     )
 
-    verified = data_prep_command("verify", "--data", data)
+    verified = data_prep_process("verify", "--data", data)
     assert (verified.returncode, verified.stdout) == (0, f"{data}: {len(list(data.glob('*.h5')))} shards are sound\n")
 
-    summary = json.loads(data_prep_command("inspect", "--data", data, "--json").stdout)
+    summary = json.loads(data_prep_process("inspect", "--data", data, "--json").stdout)
     assert summary["vocab_size"] == 500
     assert summary["parameters"]["mask_sets"] == 2
     assert summary["documents"]["train"] + summary["documents"]["validation"] == 5
     assert summary["splits"]["train"]["num_samples"] > 0
 
-    shown = data_prep_command("inspect", "--data", data, "--sample", 4, "--count", 2, "--mask-set", 1)
+    shown = data_prep_process("inspect", "--data", data, "--sample", 4, "--count", 2, "--mask-set", 1)
     assert shown.returncode == 0, shown.stderr
     assert [line.split(",")[0] for line in shown.stdout.splitlines() if line.startswith("---")] == [
         "--- train sample 4", "--- train sample 5",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from support import MASK, REPOSITORY, VOCAB_SIZE, deepspeed_json, random_batch, run_ranks
+from ranks import Ranks
+from support import MASK, REPOSITORY, VOCAB_SIZE, deepspeed_json, random_batch
 
 from data_prep.shards import DataSet
 from pretrain.batches import Share, TrainingBatches
@@ -31,9 +34,8 @@ def small_model(vocab_size: int = VOCAB_SIZE, dropout: float = 0.0) -> PMLM:
 def _zero2_gradients(rank: int, config: Path, data: Path, out: Path) -> None:
     from deepspeed.utils import safe_get_full_grad
 
-    from pretrain.engine import Engine, init_distributed
+    from pretrain.engine import Engine
 
-    init_distributed()
     model = small_model(DataSet(data).tokenizer.vocab_size)
     engine = Engine(model, DeepSpeedConfig(config))
     batches = TrainingBatches(DataSet(data), Objective.AE_PAR, Share(rank, 2, 4, 2), seed=0).step(0)
@@ -46,15 +48,14 @@ def _zero2_gradients(rank: int, config: Path, data: Path, out: Path) -> None:
         engine.step()
     if rank == 0:
         torch.save(gradients, out)
-    engine.close()
 
 
 def test_gradients_of_two_ranks_and_two_accumulation_steps_equal_one_big_batch(
-    data_folder: Path, tmp_path: Path
+    data_folder: Path, two_ranks: Ranks, tmp_path: Path
 ) -> None:
     """Samples differ in length, so a mean of per-rank means would not."""
     config = deepspeed_json(tmp_path / "ds.json", **FP32)
-    run_ranks(_zero2_gradients, 2, config, data_folder, tmp_path / "gradients.pt")
+    two_ranks(_zero2_gradients, config, data_folder, tmp_path / "gradients.pt")
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
 
     data = DataSet(data_folder)
@@ -71,14 +72,11 @@ def test_gradients_of_two_ranks_and_two_accumulation_steps_equal_one_big_batch(
 
 def _gradient_norms(rank: int, config: Path, out: Path) -> None:
     """The norms of the gradients that Adam is given, with a learning rate of 0: the same batch, the same gradient."""
-    import pretrain.engine
+    from pretrain import engine
 
-    pretrain.engine.init_distributed()
-    found = {}
-    for name in ("cured", "not cured"):
-        if name == "not cured":
-            pretrain.engine._defer_loss_scale_update = lambda optimizer: lambda: None  # type: ignore[assignment]
-        found[name] = _norms_and_scales(pretrain.engine.Engine(small_model(), DeepSpeedConfig(config)), rank)
+    found = {"cured": _norms_and_scales(engine.Engine(small_model(), DeepSpeedConfig(config)), rank)}
+    with mock.patch.object(engine, "_defer_loss_scale_update", return_value=lambda: None):
+        found["not cured"] = _norms_and_scales(engine.Engine(small_model(), DeepSpeedConfig(config)), rank)
     if rank == 0:
         out.write_text(json.dumps(found))
 
@@ -105,7 +103,7 @@ def _norms_and_scales(engine: Any, rank: int) -> tuple[list[float], list[float]]
     return norms, scales
 
 
-def test_the_gradient_is_not_halved_when_the_loss_scale_grows(tmp_path: Path) -> None:
+def test_the_gradient_is_not_halved_when_the_loss_scale_grows(two_ranks: Ranks, tmp_path: Path) -> None:
     """Without the cure it is: if that part fails, DeepSpeed has been mended and the cure can go."""
     config = deepspeed_json(
         tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8,
@@ -113,7 +111,7 @@ def test_the_gradient_is_not_halved_when_the_loss_scale_grows(tmp_path: Path) ->
         optimizer={"type": "Adam", "params": {"lr": 0.0}},
         scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.0, "warmup_num_steps": 2}},
     )  # fmt: skip
-    run_ranks(_gradient_norms, 2, config, tmp_path / "norms.json")
+    two_ranks(_gradient_norms, config, tmp_path / "norms.json")
     for name, (norms, scales) in json.loads((tmp_path / "norms.json").read_text()).items():
         assert scales[-1] > scales[0]
         ratios = [norm / norms[0] for norm in norms]
@@ -123,36 +121,33 @@ def test_the_gradient_is_not_halved_when_the_loss_scale_grows(tmp_path: Path) ->
             assert min(ratios) == pytest.approx(0.5, rel=2e-2)
 
 
-def _train_and_resume(rank: int, config: Path, folder: Path, steps: int, resume: bool, is_cured: bool) -> None:
-    import pretrain.engine
+def _train_and_resume(rank: int, config: Path, folder: Path, is_cured: bool) -> None:
+    from pretrain import engine
 
-    if not is_cured:
-        pretrain.engine._forget_adam_powers = lambda optimizer: None  # type: ignore[assignment]
-    pretrain.engine.init_distributed()
-    engine = pretrain.engine.Engine(small_model(), DeepSpeedConfig(config))
-    if resume:
-        engine.load_shards(folder, "half")
-    for _ in range(steps):
-        layout = pseudo_masked_layout(random_batch(8, seed=10 * engine.steps + rank), Objective.AE_PAR, mask_id=MASK)
-        losses = engine(layout)
-        engine.backward((losses.ae_sum + losses.par_sum) / 400)
-        engine.step()
-        if engine.steps == 8 and not resume:
-            assert engine.save_shards(folder, "half") is None
-    if rank == 0:
-        torch.save(engine.module.state_dict(), folder / f"weights-{resume}.pt")
-    engine.close()
+    with nullcontext() if is_cured else mock.patch.object(engine, "_forget_adam_powers"):
+        for is_resumed in (False, True):
+            running = engine.Engine(small_model(), DeepSpeedConfig(config))
+            if is_resumed:
+                running.load_shards(folder, "half")
+            while running.steps < 24:
+                batch = random_batch(8, seed=10 * running.steps + rank)
+                losses = running(pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=MASK))
+                running.backward((losses.ae_sum + losses.par_sum) / 400)
+                running.step()
+                if running.steps == 8 and not is_resumed:
+                    assert running.save_shards(folder, "half") is None
+            if rank == 0:
+                torch.save(running.module.state_dict(), folder / f"weights-{is_resumed}.pt")
 
 
 @pytest.mark.parametrize("is_cured", [True, False])
-def test_adam_goes_on_to_the_bit_after_a_resume(tmp_path: Path, is_cured: bool) -> None:
+def test_adam_goes_on_to_the_bit_after_a_resume(two_ranks: Ranks, tmp_path: Path, is_cured: bool) -> None:
     """Without the cure it does not: if that case fails, DeepSpeed has been mended and the cure can go."""
     config = deepspeed_json(
         tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8, fp16=None,
         scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 2}},
     )  # fmt: skip
-    run_ranks(_train_and_resume, 2, config, tmp_path, 24, False, is_cured)
-    run_ranks(_train_and_resume, 2, config, tmp_path, 16, True, is_cured)
+    two_ranks(_train_and_resume, config, tmp_path, is_cured)
     whole, resumed = (torch.load(tmp_path / f"weights-{r}.pt", weights_only=True) for r in (False, True))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) == is_cured
 
@@ -164,9 +159,6 @@ PRECISIONS = {
 
 
 def _two_steps_of_each(rank: int, data: Path, out: Path) -> None:
-    from pretrain.engine import init_distributed
-
-    init_distributed()
     local = REPOSITORY / "ds_configs" / "zero2_local.json"
     runs = [(path, {}) for path in CONFIGS] + [(local, changes) for changes in PRECISIONS.values()]
     found = [_two_steps(rank, config, DataSet(data), changes) for config, changes in runs]
@@ -179,6 +171,7 @@ def _two_steps(rank: int, config: Path, data: DataSet, changes: dict[str, Any]) 
 
     checked = DeepSpeedConfig(config)
     checked.values.update(changes)
+    checked.values.update(train_batch_size=64, train_micro_batch_size_per_gpu=16)
     engine = Engine(small_model(data.tokenizer.vocab_size, dropout=0.1), checked)
     sizes = engine.batch_sizes
     batches = TrainingBatches(data, Objective.AE_PAR, Share(rank, 2, sizes.micro_batch, sizes.accumulation_steps), 0)
@@ -198,9 +191,10 @@ def _two_steps(rank: int, config: Path, data: DataSet, changes: dict[str, Any]) 
 
 
 def test_every_shipped_configuration_trains_and_the_json_alone_decides_the_precision(
-    data_folder: Path, tmp_path: Path
+    data_folder: Path, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    run_ranks(_two_steps_of_each, 2, data_folder, tmp_path / "found.json")
+    """All that a JSON says is tried but the size of its batch, which is 7680 in the paper's."""
+    two_ranks(_two_steps_of_each, data_folder, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     dtypes = ["torch.float16"] * len(CONFIGS) + ["torch.bfloat16", "torch.float32"]
     assert found == [
