@@ -166,7 +166,7 @@ def measure(
             measured.token_counts_V += shard.token_counts_V
             measured.length_counts += shard.length_counts
             measured.texts.add(shard.split, shard.hashes_H, shard.counts_H)
-            progress.update(shard.counts_H.sum())
+            progress.update(int(shard.counts_H.sum()))
 
         shards = [(split, index) for split in SPLITS for index in range(len(data.manifest["splits"][split]))]
         processes.run(_measure_shard, shards, add)
