@@ -9,9 +9,9 @@ from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from data_prep import inspect
+from data_prep import inspect, stats
 from data_prep.build import build
 from data_prep.console import (
     USER_ERROR_STATUS,
@@ -32,12 +32,15 @@ from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
 from data_prep.tokenizer import ROLE_PIECES, train_tokenizer
 
+_T = TypeVar("_T")
+
 EPILOG = """\
 example, in this order:
   python -m data_prep train-tokenizer --corpus texts/ --tokenizer data/tokenizer.model
   python -m data_prep build --corpus texts/ --tokenizer data/tokenizer.model --data data/pretrain
   python -m data_prep inspect --data data/pretrain --sample 0
   python -m data_prep verify --data data/pretrain
+  python -m data_prep stats --data data/pretrain --deepspeed_config ds_configs/zero2.json
   python -m data_prep remask --data data/pretrain --output data/pretrain-more --mask_sets 10 --seed 1
 or, with a vocabulary from elsewhere, first:
   python -m data_prep import-tokenizer --from vocab.txt --tokenizer data/tokenizer.json
@@ -119,6 +122,14 @@ def make_parser() -> ArgumentParser:
     sub.add_argument("--mask_set", type=int, default=0, help="which of the K mask sets")
     sub.add_argument("--json", action="store_true", help="print the summary alone, as JSON")
 
+    sub = command("stats", _stats, "Measure a data set: lengths, vocabulary, duplicates, epochs; draw a figure.")
+    takes_data(sub)
+    sub.add_argument("--deepspeed_config", type=Path, metavar="JSON",
+                     help="tell how many epochs its train_batch_size and total_num_steps make of the data set")  # fmt: skip
+    sub.add_argument("--output", type=Path, metavar="PNG", help="figure to write (default: stats.png in --data)")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    takes_workers(sub)
+
     sub = command("verify", _verify, "Read every byte of a data set and name what is wrong with it.")
     takes_data(sub)
     return parser
@@ -174,16 +185,41 @@ def _build(args: Any) -> None:
     parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
     reading = _reading(args)
     _with_processes(
-        args, args.data, lambda *how: build(args.corpus, args.tokenizer, args.data, parameters, reading, *how)
+        args,
+        lambda *how: build(args.corpus, args.tokenizer, args.data, parameters, reading, *how),
+        partial(_tell_what_was_built, args.data),
     )
 
 
 def _remask(args: Any) -> None:
-    _with_processes(args, args.output, lambda *how: remask(args.data, args.output, args.seed, args.mask_sets, *how))
+    _with_processes(
+        args,
+        lambda *how: remask(args.data, args.output, args.seed, args.mask_sets, *how),
+        partial(_tell_what_was_built, args.output),
+    )
 
 
-def _with_processes(args: Any, folder: Path, make: Callable[[Processes, Any], bool]) -> None:
-    """Make a data set with the processes that the command line or the MPI launcher gives, and tell what came of it."""
+def _stats(args: Any) -> None:
+    figure = args.output or args.data / "stats.png"
+    if figure.suffix != ".png":
+        raise ValueError(f"--output {figure}: the figure is a PNG; give it a name that ends in .png")
+
+    def measure(processes: Processes, bar: Any) -> stats.Measured:
+        recipe = stats.read_recipe(args.deepspeed_config) if args.deepspeed_config else None
+        return stats.measure(DataSet(args.data), recipe, processes, bar)
+
+    def tell(measured: stats.Measured) -> None:
+        if args.json:
+            print(json.dumps(stats.summarize(measured), indent=1, ensure_ascii=False), flush=True)
+        else:
+            print("\n".join([*stats.describe(measured), f"figure: {figure}"]), flush=True)
+        stats.draw(measured, figure)
+
+    _with_processes(args, measure, tell)
+
+
+def _with_processes(args: Any, work: Callable[[Processes, Any], _T], tell: Callable[[_T], None]) -> None:
+    """Work with the processes that the command line or the MPI launcher gives, and tell what came of it."""
     is_mpi = launched_by_mpi()
     if is_mpi and args.workers is not None:
         raise ValueError("--workers is for one machine; under MPI the ranks do the work: leave it out")
@@ -191,13 +227,13 @@ def _with_processes(args: Any, folder: Path, make: Callable[[Processes, Any], bo
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
     with MPIProcesses() if is_mpi else LocalProcesses(args.workers or available_cores()) as processes:
         try:
-            made = make(processes, partial(progress_bar, is_shown=processes.is_main))
+            result = work(processes, partial(progress_bar, is_shown=processes.is_main))
         except (ValueError, OSError):
             if processes.is_main:
                 raise
             raise SystemExit(USER_ERROR_STATUS) from None  # the main process tells why
     if processes.is_main:
-        _tell_what_was_built(folder, made)
+        tell(result)
 
 
 def _tell_what_was_built(folder: Path, made: bool) -> None:

@@ -47,7 +47,7 @@ from data_prep.shards import (
     write_data_manifest,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from data_prep.units import is_done, read_counts, read_texts, tokenize, write_unit
+from data_prep.units import describe_text, is_done, read_counts, read_texts, tokenize, write_unit
 
 WORK = ".work"
 _PLAN = "plan.json"
@@ -222,6 +222,7 @@ def _declare_whole(
         },
         "max_masked_tokens": parameters.max_masked_tokens,
         "documents": {name: total[name] for name in (*SPLITS, "too_short")},
+        "text": describe_text(total),
         "splits": splits,
     })  # fmt: skip
     _remove(folder, *(f".{name}.partial" for name in _SHARDS))

@@ -76,6 +76,11 @@ class Document:
         digest = hashlib.blake2b("\n".join(self.lines).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the text in UTF-8, its line ends included."""
+        return len("\n".join(self.lines).encode())
+
 
 def find_sources(corpus: Sequence[Path]) -> list[Source]:
     """The text files named, below the folders named, or matched by globs, each in the order of their names.

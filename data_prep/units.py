@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from data_prep.packing import MIN_DOCUMENT_TOKENS, cut_into_texts
 from data_prep.parameters import BuildParameters
 from data_prep.shards import SPLITS, Split, token_dtype
 from data_prep.tokenizer import Tokenizer
+
+_LENGTH = "documents_of_tokens_"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ def tokenize(
             counts["too_short"] += 1
             continue
         counts[split] += 1
+        counts["text_bytes"] += document.size_bytes
+        counts["text_tokens"] += len(ids)
+        counts[f"{_LENGTH}{len(ids) - len(ids) % bin_width(len(ids))}"] += 1
         texts[split] += cut_into_texts(ids, parameters.max_length_tokens)
     token = token_dtype(tokenizer.vocab_size)
     stored: dict[Split, Texts] = {}
@@ -54,6 +60,21 @@ def tokenize(
         ids = np.concatenate([np.zeros(0, token), *of_split], dtype=token, casting="unsafe")
         stored[split] = Texts(ids, np.cumsum([len(text) for text in of_split], dtype=np.int64))
     return stored, counts
+
+
+def bin_width(length: int) -> int:
+    """Lengths are counted in bins: `length` in that of all with the same three leading binary digits."""
+    return 1 << max(0, length.bit_length() - 3)
+
+
+def describe_text(counts: Counter[str]) -> dict[str, Any]:
+    """What the manifest tells of the text of the documents kept; their lengths are the lower ends of bins."""
+    lengths = sorted(int(name.removeprefix(_LENGTH)) for name in counts if name.startswith(_LENGTH))
+    return {
+        "num_bytes": counts["text_bytes"],
+        "num_tokens": counts["text_tokens"],
+        "document_lengths_tokens": {str(length): counts[f"{_LENGTH}{length}"] for length in lengths},
+    }
 
 
 def _file(work: Path, unit: int, suffix: str) -> Path:

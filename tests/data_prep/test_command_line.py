@@ -21,7 +21,7 @@ from data_prep.tokenizer import Tokenizer
 
 Completed = subprocess.CompletedProcess[str]
 CommandLine = Callable[..., Completed]
-COMMANDS = ["train-tokenizer", "import-tokenizer", "build", "remask", "inspect", "verify"]
+COMMANDS = ["train-tokenizer", "import-tokenizer", "build", "remask", "inspect", "stats", "verify"]
 BARS = ("read corpus:", "read input:", "tokenize:", "draw masks:", "verify:")
 SMALL = ["--max-length-tokens", "64", "--shard-samples", "128", "--workers", "1"]
 
@@ -51,7 +51,7 @@ def test_help(data_prep_command: CommandLine, command: str) -> None:
 
 def test_help_names_the_commands_in_their_order(data_prep_command: CommandLine) -> None:
     done = data_prep_command("--help")
-    order = ["train-tokenizer", "build", "inspect", "verify", "remask", "import-tokenizer"]
+    order = ["train-tokenizer", "build", "inspect", "verify", "stats", "remask", "import-tokenizer"]
     assert sorted(order) == sorted(COMMANDS)
     places = [done.stdout.index(f"python -m data_prep {command} --") for command in order]
     assert places == sorted(places)
