@@ -14,6 +14,7 @@ usage() {
 usage: ./run_pretrain.sh [flags] [flags of run_pretrain.py]
 
   --corpus PATH...         text, JSON lines, Parquet, Arrow; files, folders (default: sample_corpus)
+  --mixture YAML           several corpora, instead of --corpus; see docs/data.md
   --document_per WHAT      file or blank_line: a document of a .txt file    (default: file)
   --text_field NAME        where JSON lines and tables keep the text        (default: text)
   --name NAME              data go to data/NAME, the run to runs/NAME       (default: the corpus's name)
@@ -27,7 +28,7 @@ Any other flag goes to run_pretrain.py; what it takes: .venv/bin/python run_pret
 USAGE
 }
 
-corpus=() name="" document_per=file text_field=text vocab_size=4000 max_length_tokens=128 mask_sets=4 ranks=""
+corpus=() mixture="" name="" document_per=file text_field=text vocab_size=4000 max_length_tokens=128 mask_sets=4 ranks=""
 deepspeed_config=ds_configs/zero2_local.json
 training_flags=() has_model=no
 while [ $# -gt 0 ]; do
@@ -36,15 +37,21 @@ while [ $# -gt 0 ]; do
     case $flag in
         -h | --help) usage; exit 0 ;;
         --corpus) shift; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$1"); shift; done; continue ;;
-        --name | --document_per | --text_field | --vocab_size | --max_length_tokens | --mask_sets | --ranks | --deepspeed_config)
+        --mixture | --name | --document_per | --text_field | --vocab_size | --max_length_tokens | --mask_sets | --ranks | --deepspeed_config)
             [ $# -ge 2 ] || { echo "run_pretrain.sh: error: $1 needs a value" >&2; exit 2; }
             printf -v "${flag#--}" %s "$2"; shift 2; continue ;;
         --model | --model=*) has_model=yes ;;
     esac
     training_flags+=("$1"); shift
 done
-[ ${#corpus[@]} -gt 0 ] || corpus=(sample_corpus)
-[ -n "$name" ] || { name=$(basename "${corpus[0]}"); name=${name%.*}; }
+texts=(--corpus "${corpus[@]}") given=${corpus[0]-}
+if [ -n "$mixture" ]; then
+    [ ${#corpus[@]} -eq 0 ] || { echo "run_pretrain.sh: error: give --corpus or --mixture, not both" >&2; exit 2; }
+    texts=(--mixture "$mixture") given=$mixture
+elif [ ${#corpus[@]} -eq 0 ]; then
+    texts=(--corpus sample_corpus) given=sample_corpus
+fi
+[ -n "$name" ] || { name=$(basename "$given"); name=${name%.*}; }
 [ $has_model = yes ] || training_flags+=(--model tiny)
 
 started=$SECONDS
@@ -58,10 +65,10 @@ gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 reading=(--document_per "$document_per" --text_field "$text_field")
 tokenizer=data/$name-$vocab_size.model
 if [ ! -e "$tokenizer" ]; then
-    python -m data_prep train-tokenizer --corpus "${corpus[@]}" "${reading[@]}" \
+    python -m data_prep train-tokenizer "${texts[@]}" "${reading[@]}" \
         --tokenizer "$tokenizer" --vocab_size "$vocab_size"
 fi
-python -m data_prep build --corpus "${corpus[@]}" "${reading[@]}" --tokenizer "$tokenizer" \
+python -m data_prep build "${texts[@]}" "${reading[@]}" --tokenizer "$tokenizer" \
     --data "data/$name" --max_length_tokens "$max_length_tokens" --mask_sets "$mask_sets"
 
 # --quiet: the launcher's own messages; each rank's log is in runs/NAME/logs.

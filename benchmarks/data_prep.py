@@ -21,7 +21,7 @@ import sentencepiece
 
 from data_prep.build import draw_mask_sets
 from data_prep.console import ArgumentParser, run_command
-from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.corpus import find_sources, read_documents
 from data_prep.packing import Samples
 from data_prep.parameters import BuildParameters
 from data_prep.shards import CHUNK_SAMPLES, DataSet
@@ -37,7 +37,7 @@ def seconds_of_encoding(corpus: list[Path], model: Path) -> float:
     """Read the corpus and encode it line by line, in one process, nothing else."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     started = time.perf_counter()
-    for document in read_documents(find_sources(corpus), ReadSettings()):
+    for document in read_documents(find_sources(corpus)):
         for line in document.lines:
             processor.encode(line)
     return time.perf_counter() - started
@@ -82,7 +82,7 @@ def measure(corpus: list[Path]) -> dict[str, Any]:
     """All figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        documents = read_documents(find_sources(corpus), ReadSettings())
+        documents = read_documents(find_sources(corpus))
         lines = (line for document in documents for line in document.lines)
         training = [line for _, line in zip(range(_TRAINING_LINES), lines, strict=False)]
         model = train_tokenizer(training, folder / "tokenizer.model", vocab_size=_VOCAB_SIZE).path

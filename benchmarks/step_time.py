@@ -22,7 +22,8 @@ import transformers
 
 from data_prep.build import build
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
-from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.corpus import find_sources, read_documents
+from data_prep.mixture import Corpus
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet, SampleBatch
@@ -41,9 +42,7 @@ def full_length_batch(corpus: Path, max_length_tokens: int, num_samples: int) ->
         lines = (line for document in read_documents(find_sources([corpus])) for line in document.lines)
         tokenizer = train_tokenizer(lines, folder / "tokenizer.model", vocab_size=_VOCAB_SIZE)
         with LocalProcesses(available_cores()) as processes:
-            build(
-                [corpus], tokenizer.path, folder / "data", BuildParameters(max_length_tokens), ReadSettings(), processes
-            )
+            build([Corpus([corpus])], tokenizer.path, folder / "data", BuildParameters(max_length_tokens), processes)
         data = DataSet(folder / "data")
         batch = data.read_samples("train", 0, data.num_samples("train")).as_int64()
         data.close()

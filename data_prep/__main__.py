@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from fractions import Fraction
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter, mul
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +24,11 @@ from data_prep.console import (
     progress_bar,
     run_command,
 )  # fmt: skip
-from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.corpus import ReadSettings, Source, read_documents
 from data_prep.formats import EXPECTED_NAMES
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.line_sample import LineSample
+from data_prep.mixture import Corpus, Mixture, epochs_of, read_mixture, sources_of
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
 from data_prep.remask import remask
@@ -58,8 +61,11 @@ def make_parser() -> ArgumentParser:
         return sub
 
     def takes_corpus(sub: ArgumentParser) -> None:
-        sub.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
-                         help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
+        texts = sub.add_mutually_exclusive_group(required=True)
+        texts.add_argument("--corpus", type=Path, nargs="+", metavar="PATH",
+                           help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
+        texts.add_argument("--mixture", type=Path, metavar="YAML",
+                           help="file that names several corpora and how often training sees each; docs/data.md shows one")  # fmt: skip
         add_flags(sub, ReadSettings)
 
     def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
@@ -138,22 +144,29 @@ def make_parser() -> ArgumentParser:
 _bytes_bar = partial(progress_bar, unit="B")
 
 
-def _reading(args: Any) -> ReadSettings:
-    return ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+def _mixture(args: Any) -> Mixture:
+    reading = ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+    return read_mixture(args.mixture, reading) if args.mixture else [Corpus(args.corpus, reading)]
 
 
 def _train_tokenizer(args: Any) -> None:
     if args.sample_mb <= 0:
         raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected more than 0")
-    sources = find_sources(args.corpus)
-    total_bytes = sum(s.size_bytes for s in sources)
+    mixture = _mixture(args)
+    sources = [list(of_corpus) for _, of_corpus in groupby(sources_of(mixture), key=attrgetter("corpus"))]
+    sizes = [sum(source.size_bytes for source in of_corpus) for of_corpus in sources]
+    epochs = epochs_of(mixture, sizes)
+    total_bytes = sum(map(mul, epochs, sizes), Fraction())
     sample = LineSample(int(args.sample_mb * 1e6), total_bytes, args.seed)
-    with _bytes_bar("read corpus", total_bytes) as bar:
-        documents = read_documents(sources, _reading(args), bar.update)
-        lines = sample.of(line for document in documents for line in document.lines)
+    with _bytes_bar("read corpus", sum(sizes)) as bar:
+
+        def lines_of(of_corpus: list[Source]) -> Iterator[str]:
+            return (line for document in read_documents(of_corpus, bar.update) for line in document.lines)
+
+        lines = chain.from_iterable(map(sample.of, map(lines_of, sources), epochs))
         first = next(lines, None)
         if first is None:
-            corpus = ", ".join(map(str, args.corpus))
+            corpus = ", ".join(map(str, mixture))
             if sample.num_lines:
                 raise ValueError(
                     f"--sample_mb {args.sample_mb:g}: none of the {sample.num_lines:,} lines of {corpus} fell to so small "
@@ -183,10 +196,10 @@ def _import_tokenizer(args: Any) -> None:
 
 def _build(args: Any) -> None:
     parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
-    reading = _reading(args)
+    mixture = _mixture(args)
     _with_processes(
         args,
-        lambda *how: build(args.corpus, args.tokenizer, args.data, parameters, reading, *how),
+        lambda *how: build(mixture, args.tokenizer, args.data, parameters, *how),
         partial(_tell_what_was_built, args.data),
     )
 

@@ -5,7 +5,8 @@ Two stages of independent tasks, each of which leaves its result in a file, so t
     units     a part of the input: read, tokenize, cut into texts    -> DATA/.work/unit-00000012.npz, .json
     shards    the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
 
-Between them, the main process counts the texts of all units: from then on every sample has its number.
+Between them, the main process counts the texts of all units: from then on every sample has its number. A corpus of several
+epochs is tokenized once; its texts come as often as it has epochs, each time as samples of their own.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.console import progress_bar
-from data_prep.corpus import ReadSettings, Source, Unit, find_sources, plan_units, read_unit
+from data_prep.corpus import Source, Unit, plan_units, read_unit
 from data_prep.files import read_json, sha256_of_file, write_json, write_whole
 from data_prep.masking import (
     BLOCK_PROBABILITY,
@@ -33,6 +37,7 @@ from data_prep.masking import (
     MaskSet,
     draw_mask_set,
 )  # fmt: skip
+from data_prep.mixture import Corpus, Mixture, TextOrder, epochs_of, sources_of
 from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, assemble
 from data_prep.parameters import BuildParameters
 from data_prep.processes import Processes
@@ -62,21 +67,19 @@ Bar = Callable[[str, int, str], Any]
 
 @dataclass(frozen=True)
 class _ShardPlan:
-    """Which texts of which units a shard is made of."""
+    """Samples first .. first + num_samples - 1 of a split."""
 
     split: Split
     index: int
+    first: int
     num_samples: int
-    parts: tuple[tuple[int, int, int], ...]
-    """(unit, first text, stop), in order."""
 
 
 def build(
-    corpus: list[Path],
+    mixture: Mixture,
     tokenizer_path: Path,
     folder: Path,
     parameters: BuildParameters,
-    reading: ReadSettings,
     processes: Processes,
     bar: Bar | None = None,
 ) -> bool:
@@ -86,10 +89,10 @@ def build(
     or unfinished, made from something else.
     """
     bar = bar or partial(progress_bar, is_shown=False)
-    sources = processes.on_main(lambda: find_sources(corpus))
-    units = processes.on_main(lambda: plan_units(sources, reading))
+    sources = processes.on_main(lambda: sources_of(mixture))
+    units = processes.on_main(lambda: plan_units(sources))
     tokenizer = processes.on_main(lambda: _describe_tokenizer(tokenizer_path))
-    processes.prepare(_set_up, tokenizer_path, folder, parameters, reading, sources)
+    processes.prepare(_set_up, tokenizer_path, folder, parameters, sources)
 
     hashes: dict[int, str] = {}
     with bar("read input", sum(s.size_bytes for s in sources), "B") as progress:
@@ -100,12 +103,16 @@ def build(
 
         processes.run(_hash_source, [(i,) for i in range(len(sources))], hashed)
     made_from = {
-        "parameters": asdict(parameters) | asdict(reading),
+        "parameters": asdict(parameters),
         "tokenizer": tokenizer,
+        "corpora": [corpus.settings() for corpus in mixture],
         "sources": [
-            {"name": s.name, "size_bytes": s.size_bytes, "sha256": hashes.get(i)} for i, s in enumerate(sources)
+            {
+                "corpus": mixture[s.corpus].name, "name": s.name, "size_bytes": s.size_bytes, "sha256": hashes.get(i),
+            }
+            for i, s in enumerate(sources)
         ],
-    }
+    }  # fmt: skip
     if processes.on_main(lambda: _is_made(folder, made_from)):
         return False
 
@@ -114,13 +121,15 @@ def build(
         progress.update(sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo))
         processes.run(_tokenize_unit, [(i, units[i]) for i in todo], progress.update)
     counts = processes.on_main(lambda: [read_counts(folder / WORK, unit) for unit in range(len(units))])
-    shards = processes.on_main(lambda: _plan_shards(counts, parameters.shard_samples))
-    processes.on_main(lambda: _refuse_nothing_to_train_on(corpus, folder, counts))
+    totals = processes.on_main(lambda: _totals_of_corpora(mixture, folder, units, counts))
+    orders = processes.on_main(lambda: _order_texts(mixture, folder, units, counts, totals))
+    shards = processes.on_main(lambda: _plan_shards(orders, parameters.shard_samples))
     todo_shards = processes.on_main(lambda: [shard for shard in shards if not _shard_file(folder, shard).exists()])
     with bar("draw masks", sum(s.num_samples for s in shards), "sample") as progress:
         progress.update(sum(s.num_samples for s in shards) - sum(s.num_samples for s in todo_shards))
-        processes.run(_write_shard, [(shard,) for shard in todo_shards], progress.update)
-    processes.on_main(lambda: _declare_whole(folder, tokenizer_path, made_from, counts, shards, parameters))
+        processes.run(_write_shard, [(shard, orders[shard.split]) for shard in todo_shards], progress.update)
+    shares = processes.on_main(lambda: _shares(mixture, totals, orders["train"]))
+    processes.on_main(lambda: _declare_whole(folder, tokenizer_path, made_from, totals, shares, shards, parameters))
     return True
 
 
@@ -156,59 +165,83 @@ def _remove(folder: Path, *patterns: str) -> None:
 
 
 def _refuse_changes(folder: Path, what: str, found: dict[str, Any], made_from: dict[str, Any]) -> None:
-    changed = [key for key, value in made_from.items() if found[key] != value]
+    changed = [key for key, value in made_from.items() if found.get(key) != value]
     if changed:
         raise ValueError(
             f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another --data"
         )
 
 
-def _plan_shards(counts: list[dict[str, int]], shard_samples: int) -> list[_ShardPlan]:
-    plans = []
-    for split in SPLITS:
-        ends = np.cumsum([unit[f"{split}_samples"] for unit in counts], dtype=np.int64)
-        total = int(ends[-1]) if len(ends) else 0
-        for index, first in enumerate(range(0, total, shard_samples)):
-            stop = min(first + shard_samples, total)
-            parts = []
-            for unit in range(int(np.searchsorted(ends, first, side="right")), len(counts)):
-                start_of_unit = int(ends[unit]) - counts[unit][f"{split}_samples"]
-                if start_of_unit >= stop:
-                    break
-                if ends[unit] > start_of_unit:
-                    parts.append(
-                        (unit, max(first, start_of_unit) - start_of_unit, min(stop, int(ends[unit])) - start_of_unit)
-                    )
-            plans.append(_ShardPlan(split, index, stop - first, tuple(parts)))
-    return plans
+def _totals_of_corpora(
+    mixture: Mixture, folder: Path, units: list[Unit], counts: list[dict[str, int]]
+) -> list[Counter[str]]:
+    """The counts of each corpus; ValueError for one without a text to train on."""
+    totals = [Counter[str]() for _ in mixture]
+    for unit, of_unit in zip(units, counts, strict=True):
+        totals[unit.corpus].update(of_unit)
+    for corpus, total in zip(mixture, totals, strict=True):
+        if not total["train_samples"]:
+            _refuse(folder, corpus, _why_nothing_to_train_on(total))
+    return totals
 
 
-def _refuse_nothing_to_train_on(corpus: list[Path], folder: Path, counts: list[dict[str, int]]) -> None:
-    total = sum((Counter(unit) for unit in counts), Counter[str]())
-    if total["train_samples"]:
-        return
+def _refuse(folder: Path, corpus: Corpus, reason: str) -> None:
+    """Raise ValueError; what is done of the build is of no use."""
     shutil.rmtree(folder / WORK)
+    raise ValueError(f"{corpus}: {reason}")
+
+
+def _why_nothing_to_train_on(total: Counter[str]) -> str:
     if total["validation"]:
-        reason = (
+        return (
             f"all {total['validation']} documents fell to validation; give more documents, a smaller "
             "--validation_fraction, or --document_per blank_line if blank lines separate them"
         )
-    elif total["too_short"]:
-        reason = f"nothing to train on: each of the {total['too_short']} documents has fewer than {MIN_DOCUMENT_TOKENS} tokens"
-    else:
-        reason = "the corpus is empty: no text in it"
-    raise ValueError(f"{', '.join(map(str, corpus))}: {reason}")
+    if total["too_short"]:
+        return f"nothing to train on: each of the {total['too_short']} documents has fewer than {MIN_DOCUMENT_TOKENS} tokens"
+    return "the corpus is empty: no text in it"
+
+
+def _order_texts(
+    mixture: Mixture, folder: Path, units: list[Unit], counts: list[dict[str, int]], totals: list[Counter[str]]
+) -> dict[Split, TextOrder]:
+    """The order of each split's texts; validation has each once, whatever the epochs."""
+    epochs: dict[Split, list[Fraction]] = {
+        "train": epochs_of(mixture, [total["train_samples"] for total in totals]),
+        "validation": [Fraction(1)] * len(mixture),
+    }
+    corpora = [unit.corpus for unit in units]
+    orders = {
+        split: TextOrder([unit[f"{split}_samples"] for unit in counts], corpora, epochs[split]) for split in SPLITS
+    }
+    for corpus, total, num_samples in zip(mixture, totals, orders["train"].num_samples, strict=True):
+        if not num_samples:
+            _refuse(
+                folder, corpus,
+                f"{float(corpus.epochs):g} epochs of its {total['train_samples']} training samples are less than one sample",
+            )  # fmt: skip
+    return orders
+
+
+def _plan_shards(orders: dict[Split, TextOrder], shard_samples: int) -> list[_ShardPlan]:
+    plans = []
+    for split, order in orders.items():
+        total = sum(order.num_samples)
+        for index, first in enumerate(range(0, total, shard_samples)):
+            plans.append(_ShardPlan(split, index, first, min(shard_samples, total - first)))
+    return plans
 
 
 def _declare_whole(
     folder: Path,
     tokenizer_path: Path,
     made_from: dict[str, Any],
-    counts: list[dict[str, int]],
+    totals: list[Counter[str]],
+    shares: list[dict[str, Any]],
     shards: list[_ShardPlan],
     parameters: BuildParameters,
 ) -> None:
-    total = sum((Counter(unit) for unit in counts), Counter[str]())
+    total = sum(totals, Counter[str]())
     splits: dict[Split, list[Any]] = {split: [] for split in SPLITS}
     for shard in shards:
         splits[shard.split].append(read_json(_shard_file(folder, shard)))
@@ -221,12 +254,25 @@ def _declare_whole(
             "show_random_probability": SHOW_RANDOM_PROBABILITY,
         },
         "max_masked_tokens": parameters.max_masked_tokens,
-        "documents": {name: total[name] for name in (*SPLITS, "too_short")},
+        "documents": _documents(total),
+        "mixture": shares,
         "text": describe_text(total),
         "splits": splits,
     })  # fmt: skip
     _remove(folder, *(f".{name}.partial" for name in _SHARDS))
     shutil.rmtree(folder / WORK)
+
+
+def _shares(mixture: Mixture, totals: list[Counter[str]], order: TextOrder) -> list[dict[str, Any]]:
+    """What became of each corpus, for the manifest."""
+    return [
+        {"corpus": corpus.name, "epochs": float(epochs), "documents": _documents(total), "train_samples": num_samples}
+        for corpus, total, epochs, num_samples in zip(mixture, totals, order.epochs, order.num_samples, strict=True)
+    ]
+
+
+def _documents(total: Counter[str]) -> dict[str, int]:
+    return {name: total[name] for name in (*SPLITS, "too_short")}
 
 
 def number_of_sample(split: Split, index: int) -> int:
@@ -260,18 +306,15 @@ class _Worker:
     tokenizer: Tokenizer
     folder: Path
     parameters: BuildParameters
-    reading: ReadSettings
     sources: list[Source]
 
 
 _worker: _Worker  # set once in each process, so that tasks carry their number and not the tokenizer
 
 
-def _set_up(
-    tokenizer_path: Path, folder: Path, parameters: BuildParameters, reading: ReadSettings, sources: list[Source]
-) -> None:
+def _set_up(tokenizer_path: Path, folder: Path, parameters: BuildParameters, sources: list[Source]) -> None:
     global _worker
-    _worker = _Worker(load_tokenizer(tokenizer_path), folder, parameters, reading, sources)
+    _worker = _Worker(load_tokenizer(tokenizer_path), folder, parameters, sources)
 
 
 def _hash_source(index: int) -> tuple[int, str]:
@@ -280,28 +323,29 @@ def _hash_source(index: int) -> tuple[int, str]:
 
 def _tokenize_unit(index: int, unit: Unit) -> int:
     """Leave the unit's texts and counts in files; returns its size in bytes."""
-    documents = read_unit(_worker.sources, unit, _worker.reading)
+    documents = read_unit(_worker.sources, unit)
     write_unit(_worker.folder / WORK, index, *tokenize(documents, _worker.tokenizer, _worker.parameters))
     return unit.size_bytes
 
 
-def _texts_of(shard: _ShardPlan) -> Iterator[np.ndarray]:
-    for unit, first, stop in shard.parts:
+def _texts_of(shard: _ShardPlan, order: TextOrder) -> Iterator[np.ndarray]:
+    units, numbers = order.texts(shard.first, shard.first + shard.num_samples)
+    for unit, of_unit in groupby(zip(units.tolist(), numbers.tolist(), strict=True), key=itemgetter(0)):
         texts = read_texts(_worker.folder / WORK, unit, shard.split)
-        for text in range(first, stop):
-            yield texts[text]
+        for _, number in of_unit:
+            yield texts[number]
 
 
-def _write_shard(shard: _ShardPlan) -> int:
+def _write_shard(shard: _ShardPlan, order: TextOrder) -> int:
     """Leave the shard in its place and its entry of the manifest in a file; returns its number of samples."""
     parameters, tokenizer = _worker.parameters, _worker.tokenizer
     writer = ShardWriter(
         _worker.folder / shard_name(shard.split, shard.index), shard.num_samples, parameters.max_length_tokens,
         parameters.mask_sets, parameters.max_masked_tokens, tokenizer.vocab_size,
     )  # fmt: skip
-    texts = _texts_of(shard)
+    texts = _texts_of(shard, order)
     for block in range(0, shard.num_samples, BLOCK_SAMPLES):
-        first_sample = number_of_sample(shard.split, shard.index * parameters.shard_samples + block)
+        first_sample = number_of_sample(shard.split, shard.first + block)
         in_block = min(BLOCK_SAMPLES, shard.num_samples - block)
         samples = assemble(
             [next(texts) for _ in range(in_block)], parameters.max_length_tokens, seed=parameters.seed,

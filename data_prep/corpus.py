@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -18,16 +19,6 @@ DocumentPer = Literal["file", "blank_line"]
 MAX_DOCUMENT_BYTES = 256 * 2**20
 _READ_BYTES = 2**20
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Source:
-    """An input file."""
-
-    path: Path
-    name: str
-    """Path below the folder that was given: what the manifest records, the same on every machine."""
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,19 @@ class ReadSettings:
 
 
 DEFAULT_READING = ReadSettings()
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file."""
+
+    path: Path
+    name: str
+    """Path below the folder that was given: what the manifest records, the same on every machine."""
+    size_bytes: int
+    reading: ReadSettings = DEFAULT_READING
+    corpus: int = 0
+    """Which corpus of a mixture it is of."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process reads at a time."""
+    """What one process reads at a time, all of one corpus."""
 
     pieces: tuple[Piece, ...]
     size_bytes: int
+    corpus: int
 
 
 @dataclass(frozen=True)
@@ -82,34 +87,36 @@ class Document:
         return len("\n".join(self.lines).encode())
 
 
-def find_sources(corpus: Sequence[Path]) -> list[Source]:
+def find_sources(paths: Sequence[Path], reading: ReadSettings = DEFAULT_READING, corpus: int = 0) -> list[Source]:
     """The text files named, below the folders named, or matched by globs, each in the order of their names.
 
     Raises FileNotFoundError for a path that is not there, ValueError if there is no file to read.
     """
-    sources = []
-    for given in corpus:
+    files: list[tuple[Path, str]] = []
+    for given in paths:
         if given.is_dir():
-            sources += _sources_below(given, given.rglob("*"))
+            files += _files_below(given, given.rglob("*"))
         elif given.is_file():
             if not format_of(given):
                 raise ValueError(f"{given}: expected a name that ends in {EXPECTED_NAMES}")
-            sources.append(Source(given, _printable(given.name), given.stat().st_size))
+            files.append((given, given.name))
         else:
             matches = [Path(match) for match in glob.glob(str(given), recursive=True)]
             if not matches:
-                raise FileNotFoundError(2, "no such corpus; --corpus takes text files, folders or globs", str(given))
+                raise FileNotFoundError(
+                    2, "no such corpus; --corpus and a mixture's paths are text files, folders or globs", str(given)
+                )
             folder = next(folder for folder in given.parents if not glob.has_magic(str(folder)))
             below = [file for match in matches if match.is_dir() for file in match.rglob("*")]
-            sources += _sources_below(folder, [*matches, *below])
-    if not sources:
-        raise ValueError(f"{', '.join(map(str, corpus))}: no {EXPECTED_NAMES} file there")
-    return sources
+            files += _files_below(folder, [*matches, *below])
+    if not files:
+        raise ValueError(f"{', '.join(map(str, paths))}: no {EXPECTED_NAMES} file there")
+    return [Source(file, _printable(name), file.stat().st_size, reading, corpus) for file, name in files]
 
 
-def _sources_below(folder: Path, paths: Iterable[Path]) -> list[Source]:
+def _files_below(folder: Path, paths: Iterable[Path]) -> list[tuple[Path, str]]:
     files = sorted({path for path in paths if format_of(path) and path.is_file()})
-    return [Source(p, _printable(p.relative_to(folder).as_posix()), p.stat().st_size) for p in files]
+    return [(file, file.relative_to(folder).as_posix()) for file in files]
 
 
 def _printable(name: str) -> str:
@@ -117,32 +124,34 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def plan_units(sources: Sequence[Source], settings: ReadSettings, unit_bytes: int = 8 * 2**20) -> list[Unit]:
-    """The sources in units of about `unit_bytes`: a large file is split, small ones share a unit.
+def plan_units(sources: Sequence[Source], unit_bytes: int = 8 * 2**20) -> list[Unit]:
+    """The sources in units of about `unit_bytes`: a large file is split, small ones of a corpus share a unit.
 
     Raises ValueError for a table without the column of texts, or one that is damaged.
     """
     units = []
-    pieces: list[Piece] = []
-    size_bytes = 0
-    for index, source in enumerate(sources):
-        for piece, piece_bytes in _split(index, source, settings, unit_bytes):
-            if pieces and size_bytes + piece_bytes > unit_bytes:
-                units.append(Unit(tuple(pieces), size_bytes))
-                pieces, size_bytes = [], 0
-            pieces.append(piece)
-            size_bytes += piece_bytes
-    return [*units, Unit(tuple(pieces), size_bytes)] if pieces else units
+    for corpus, of_corpus in groupby(enumerate(sources), key=lambda numbered: numbered[1].corpus):
+        pieces: list[Piece] = []
+        size_bytes = 0
+        for index, source in of_corpus:
+            for piece, piece_bytes in _split(index, source, unit_bytes):
+                if pieces and size_bytes + piece_bytes > unit_bytes:
+                    units.append(Unit(tuple(pieces), size_bytes, corpus))
+                    pieces, size_bytes = [], 0
+                pieces.append(piece)
+                size_bytes += piece_bytes
+        units.append(Unit(tuple(pieces), size_bytes, corpus))
+    return units
 
 
-def _split(index: int, source: Source, settings: ReadSettings, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _split(index: int, source: Source, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
     """The pieces of a source; their sizes add up to its own."""
     whole_bytes = source.size_bytes
     parts, step = whole_bytes, unit_bytes
     if is_table(source.path):
-        parts = num_parts(source.path, settings.text_field)
+        parts = num_parts(source.path, source.reading.text_field)
         step = unit_bytes * parts // max(whole_bytes, 1)
-    elif is_compressed(source.path) or (format_of(source.path) == ".txt" and settings.document_per == "file"):
+    elif is_compressed(source.path) or (format_of(source.path) == ".txt" and source.reading.document_per == "file"):
         step = whole_bytes
     for start in range(0, max(parts, 1), max(step, 1)):
         stop = min(start + max(step, 1), parts)
@@ -151,17 +160,15 @@ def _split(index: int, source: Source, settings: ReadSettings, unit_bytes: int) 
 
 
 def read_documents(
-    sources: Sequence[Source],
-    settings: ReadSettings = DEFAULT_READING,
-    advance: Callable[[int], object] = lambda num_bytes: None,
+    sources: Sequence[Source], advance: Callable[[int], object] = lambda num_bytes: None
 ) -> Iterator[Document]:
     """The documents of all units, in order; `advance` is told the bytes read. Raises what `read_unit` raises."""
-    for unit in plan_units(sources, settings):
-        yield from read_unit(sources, unit, settings)
+    for unit in plan_units(sources):
+        yield from read_unit(sources, unit)
         advance(unit.size_bytes)
 
 
-def read_unit(sources: Sequence[Source], unit: Unit, settings: ReadSettings) -> Iterator[Document]:
+def read_unit(sources: Sequence[Source], unit: Unit) -> Iterator[Document]:
     """The documents of a unit in order; the units' documents together do not depend on how the sources were split.
 
     Raises ValueError for text that is not UTF-8 (file and byte offset, or row), a line that is not a JSON object with
@@ -170,10 +177,10 @@ def read_unit(sources: Sequence[Source], unit: Unit, settings: ReadSettings) -> 
     for piece in unit.pieces:
         source = sources[piece.source]
         if is_table(source.path):
-            yield from _rows(source, piece, settings.text_field)
+            yield from _rows(source, piece)
         elif format_of(source.path) == ".jsonl":
-            yield from _json_lines(source, piece, settings.text_field)
-        elif settings.document_per == "file":
+            yield from _json_lines(source, piece)
+        elif source.reading.document_per == "file":
             yield from _whole_file(source)
         else:
             yield from _between_blank_lines(source, piece)
@@ -219,7 +226,8 @@ def _between_blank_lines(source: Source, piece: Piece) -> Iterator[Document]:
     yield from _document(lines)
 
 
-def _json_lines(source: Source, piece: Piece, text_field: str) -> Iterator[Document]:
+def _json_lines(source: Source, piece: Piece) -> Iterator[Document]:
+    text_field = source.reading.text_field
     stop = _stop_bytes(source, piece)
     for offset, raw in _raw_lines(source, piece.start, stop):
         if offset >= stop:
@@ -243,8 +251,8 @@ def _json_lines(source: Source, piece: Piece, text_field: str) -> Iterator[Docum
         yield from _document(text.split("\n"))
 
 
-def _rows(source: Source, piece: Piece, text_field: str) -> Iterator[Document]:
-    for row, raw in read_column(source.path, text_field, piece.start, piece.stop):
+def _rows(source: Source, piece: Piece) -> Iterator[Document]:
+    for row, raw in read_column(source.path, source.reading.text_field, piece.start, piece.stop):
         if len(raw) > MAX_DOCUMENT_BYTES:
             raise ValueError(f"{source.path}: row {row()}: a text of over {MAX_DOCUMENT_BYTES} bytes; split it")
         try:

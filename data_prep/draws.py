@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from enum import IntEnum
+from itertools import count
 
 import numpy as np
 
@@ -16,6 +19,7 @@ class Decision(IntEnum):
     MASKS = 2
     CHUNK_ORDER = 3
     ORDER_IN_WINDOW = 4
+    SHORT_SAMPLES = 5
 
 
 def draw_words(
@@ -31,6 +35,16 @@ def draw_words(
     generator.advance(first_item * counts_per_item)
     words = generator.random_raw(num_items * counts_per_item * _WORDS_PER_COUNT)
     return words.reshape(num_items, -1)[:, :words_per_item]
+
+
+def draw_one_by_one(seed: int, decision: Decision, item: int) -> Iterator[int]:
+    """64-bit words without end, a function of (seed, decision, item) alone; by a hash.
+
+    For a few words of an item that comes by itself, where setting up Philox would take longer than all else.
+    """
+    for number in count():
+        digest = hashlib.blake2b(b"%d %d %d %d" % (seed, decision, item, number), digest_size=8).digest()
+        yield int.from_bytes(digest, "big")
 
 
 def scale_high_bits(words: np.ndarray, bounds: np.ndarray | int) -> np.ndarray:

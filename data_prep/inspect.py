@@ -24,6 +24,7 @@ def summarize(data: DataSet) -> dict[str, Any]:
         "parameters": data.parameters,
         "vocab_size": data.tokenizer.vocab_size,
         "documents": data.manifest["documents"],
+        "mixture": data.manifest.get("mixture", []),
         "splits": splits,
     }
 
@@ -35,6 +36,12 @@ def describe(data: DataSet) -> Iterator[str]:
     yield f"{summary['data']}: vocabulary {summary['vocab_size']:,}, {parameters}"
     documents = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary["documents"].items())
     yield f"documents: {documents}"
+    for corpus in summary["mixture"] if len(summary["mixture"]) > 1 else ():
+        share = corpus["train_samples"] / summary["splits"]["train"]["num_samples"]
+        yield (
+            f"corpus {corpus['corpus']}: {corpus['epochs']:.4g} epochs of {corpus['documents']['train']:,} documents to train "
+            f"on, {corpus['train_samples']:,} samples ({share:.1%} of train)"
+        )
     for split, sizes in summary["splits"].items():
         fill = sizes["num_tokens"] / max(1, sizes["num_samples"] * data.max_length_tokens)
         yield (

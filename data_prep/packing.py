@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.draws import Decision, draw_words, scale_high_bits
+from data_prep.draws import Decision, draw_one_by_one, draw_words, scale_high_bits
 
 NUM_SPECIAL_TOKENS = 3  # [SOS], and [EOS] behind each segment
 MIN_DOCUMENT_TOKENS = 8  # shorter documents teach nothing; they are counted and left out
@@ -24,13 +24,42 @@ class Samples:
     """int32; the slot at which segment B (S2) begins; what is before it, the first [EOS] included, is segment A."""
 
 
-def cut_into_texts(document_ids: np.ndarray, max_length_tokens: int) -> list[np.ndarray]:
+def cut_into_texts(
+    document_ids: np.ndarray,
+    max_length_tokens: int,
+    *,
+    short_sample_probability: float = 0.0,
+    seed: int = 0,
+    document_hash: int = 0,
+) -> list[np.ndarray]:
     """A document's ids as pieces that fit a sample: as few as possible, their sizes equal within one token.
 
     Equal pieces instead of full ones and a rest: the number of samples is the same and none is a stub of three tokens.
+
+    With `short_sample_probability` each piece in turn may become a short one, its size drawn uniformly from
+    MIN_DOCUMENT_TOKENS to what fits; what is between short ones is cut as above. No piece is cut off so late that fewer
+    than MIN_DOCUMENT_TOKENS remain. The draws depend on (seed, document_hash) alone.
     """
-    num_texts = -(-len(document_ids) // (max_length_tokens - NUM_SPECIAL_TOKENS))
-    return np.array_split(document_ids, num_texts) if num_texts > 1 else [document_ids]
+    largest = max_length_tokens - NUM_SPECIAL_TOKENS
+    if not short_sample_probability:
+        return _equal_pieces(document_ids, largest)
+    words = draw_one_by_one(seed, Decision.SHORT_SAMPLES, document_hash)
+    texts: list[np.ndarray] = []
+    done = at = 0  # what is before `done` is in `texts`
+    while True:
+        is_short = next(words) < short_sample_probability * 2**64
+        size = MIN_DOCUMENT_TOKENS + (next(words) * (largest - MIN_DOCUMENT_TOKENS + 1) >> 64) if is_short else largest
+        if at + size > len(document_ids) - MIN_DOCUMENT_TOKENS:
+            return texts + _equal_pieces(document_ids[done:], largest)
+        if is_short:
+            texts += [*_equal_pieces(document_ids[done:at], largest), document_ids[at : at + size]]
+            done = at + size
+        at += size
+
+
+def _equal_pieces(ids: np.ndarray, largest: int) -> list[np.ndarray]:
+    num_pieces = -(-len(ids) // largest)
+    return np.array_split(ids, num_pieces) if num_pieces else []
 
 
 def assemble(

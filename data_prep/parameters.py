@@ -15,6 +15,8 @@ class BuildParameters:
 
     max_length_tokens: int = 512
     """Tokens of a sample, the three special ones included."""
+    short_sample_probability: float = 0.0
+    """Share of the samples that are cut shorter, at a length drawn uniformly; BERT's is 0.1."""
     mask_sets: int = 1
     """Pre-sampled mask sets of each sample; epoch e of the training uses set e mod K."""
     validation_fraction: float = 0.05
@@ -31,6 +33,8 @@ class BuildParameters:
             faults.append(
                 f"max_length_tokens is {self.max_length_tokens}, expected {shortest} to {MAX_LENGTH_LIMIT_TOKENS}"
             )
+        if not 0 <= self.short_sample_probability <= 1:
+            faults.append(f"short_sample_probability is {self.short_sample_probability}, expected 0 to 1")
         if self.mask_sets < 1:
             faults.append(f"mask_sets is {self.mask_sets}, expected at least 1")
         if not 0 <= self.validation_fraction < 1:

@@ -29,7 +29,7 @@ def remask(
     data = DataSet(source)
     names = [field.name for field in fields(BuildParameters)]
     parameters = replace(
-        BuildParameters(**{name: data.parameters[name] for name in names}), seed=seed, mask_sets=mask_sets
+        BuildParameters(**{name: data.parameters[name] for name in names if name in data.parameters}), seed=seed, mask_sets=mask_sets
     )  # fmt: skip
     changed = {
         "parameters": data.parameters | asdict(parameters),

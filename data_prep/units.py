@@ -43,7 +43,8 @@ def tokenize(
     texts: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
     counts: Counter[str] = Counter()
     for document in documents:
-        split: Split = "validation" if document.hash < parameters.validation_fraction * 2**64 else "train"
+        document_hash = document.hash
+        split: Split = "validation" if document_hash < parameters.validation_fraction * 2**64 else "train"
         ids = tokenizer.encode(document.lines)
         if len(ids) < MIN_DOCUMENT_TOKENS:
             counts["too_short"] += 1
@@ -52,7 +53,10 @@ def tokenize(
         counts["text_bytes"] += document.size_bytes
         counts["text_tokens"] += len(ids)
         counts[f"{_LENGTH}{len(ids) - len(ids) % bin_width(len(ids))}"] += 1
-        texts[split] += cut_into_texts(ids, parameters.max_length_tokens)
+        texts[split] += cut_into_texts(
+            ids, parameters.max_length_tokens, short_sample_probability=parameters.short_sample_probability,
+            seed=parameters.seed, document_hash=document_hash,
+        )  # fmt: skip
     token = token_dtype(tokenizer.vocab_size)
     stored: dict[Split, Texts] = {}
     for split, of_split in texts.items():

@@ -21,6 +21,7 @@ from data_prep.__main__ import main
 from data_prep.build import build
 from data_prep.corpus import ReadSettings, find_sources, read_documents
 from data_prep.import_tokenizer import import_tokenizer
+from data_prep.mixture import Corpus, read_mixture
 from data_prep.packing import Samples, assemble
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
@@ -98,10 +99,13 @@ def assemble_texts(tokenizer: Tokenizer) -> Callable[..., Samples]:
 
 @pytest.fixture(scope="session")
 def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
-    """`build` without a progress bar; `settings`: ReadSettings, and BuildParameters besides short samples and small shards."""
+    """`build` of paths or a mixture's file, without a progress bar; `settings`: ReadSettings and BuildParameters.
+
+    Samples have 64 tokens and shards 128 samples, where `settings` does not say otherwise.
+    """
 
     def run(
-        corpus: list[Path],
+        corpus: list[Path] | Path,
         folder: Path,
         *,
         workers: int = 1,
@@ -111,7 +115,8 @@ def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
         reading = ReadSettings(**{k: settings.pop(k) for k in ("document_per", "text_field") if k in settings})
         parameters = BuildParameters(**{"max_length_tokens": 64, "shard_samples": 128, **settings})
         with LocalProcesses(workers) as processes:
-            return build(corpus, tokenizer_path, folder, parameters, reading, processes)
+            mixture = read_mixture(corpus, reading) if isinstance(corpus, Path) else [Corpus(corpus, reading)]
+            return build(mixture, tokenizer_path, folder, parameters, processes)
 
     return run
 

@@ -55,11 +55,17 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
     sample_corpus: Path, tmp_path: Path, build_data: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor on how much text a process reads at a time. Nor on the time: three builds are seconds apart."""
-    corpus = [sample_corpus / "devils_dictionary.jsonl", *sorted(sample_corpus.rglob("chapter_[0-2]*.txt"))]
+    corpus = tmp_path / "mixture.yaml"
+    corpus.write_text(
+        f"corpora:\n- {{name: entries, paths: {sample_corpus}/devils_dictionary.jsonl, epochs: 1.3}}\n"
+        f"- {{name: chapters, paths: '{sample_corpus}/*/chapter_[0-2]*.txt', epochs: 2}}\n"
+    )
     for workers, unit_bytes in [(1, 2**20), (2, 20_000), (3, 1_000)]:
         monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_bytes=unit_bytes))
         folder = tmp_path / str(workers)
-        assert build_data(corpus, folder, workers=workers, mask_sets=2, validation_fraction=0.2)
+        assert build_data(
+            corpus, folder, workers=workers, mask_sets=2, validation_fraction=0.2, short_sample_probability=0.2
+        )
     one, two, three = (files_of(tmp_path / str(workers)) for workers in (1, 2, 3))
     assert one == two == three
     assert len([name for name in one if name.startswith("train")]) > 10
@@ -98,9 +104,10 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     manifest = json.loads((data_folder / MANIFEST).read_bytes())
     assert [source["name"] for source in manifest["sources"]] == [chapter.name for chapter in chapters[:9]]
     assert manifest["parameters"] == {
-        "max_length_tokens": 64, "mask_sets": 2, "validation_fraction": 0.2, "shard_samples": 128, "seed": 0,
-        "document_per": "file", "text_field": "text",
+        "max_length_tokens": 64, "short_sample_probability": 0.0, "mask_sets": 2, "validation_fraction": 0.2,
+        "shard_samples": 128, "seed": 0,
     }  # fmt: skip
+    assert manifest["corpora"] == [{"name": "corpus", "document_per": "file", "text_field": "text", "epochs": 1.0}]
     documents = manifest["documents"]
     assert documents["train"] + documents["validation"] == 9
     assert documents["too_short"] == 0
@@ -119,8 +126,9 @@ def test_a_second_build_changes_nothing(data_folder: Path, chapters: list[Path],
         ({"seed": 1}, "parameters"),
         ({"mask_sets": 3}, "parameters"),
         ({"max_length_tokens": 65}, "parameters"),
-        ({"document_per": "blank_line"}, "parameters"),
-        ({"text_field": "content"}, "parameters"),
+        ({"short_sample_probability": 0.1}, "parameters"),
+        ({"document_per": "blank_line"}, "corpora"),
+        ({"text_field": "content"}, "corpora"),
         ({"tokenizer_path": "other.model"}, "tokenizer"),
         ({"corpus": slice(0, 8)}, "sources"),
         ({"corpus": slice(8, None, -1)}, "sources"),
@@ -224,10 +232,12 @@ def test_nothing_to_train_on(
 
 def test_bad_parameters_are_all_in_one_message() -> None:
     with pytest.raises(ValueError, match="expected") as failure:
-        BuildParameters(max_length_tokens=10, mask_sets=0, validation_fraction=1.0, shard_samples=100, seed=-1)
+        BuildParameters(
+            10, short_sample_probability=1.1, mask_sets=0, validation_fraction=1.0, shard_samples=100, seed=-1
+        )
     faults = str(failure.value).split("; ")
     assert [fault.split(" is ")[0] for fault in faults] == [
-        "max_length_tokens", "mask_sets", "validation_fraction", "shard_samples", "seed",
+        "max_length_tokens", "short_sample_probability", "mask_sets", "validation_fraction", "shard_samples", "seed",
     ]  # fmt: skip
     assert all("expected" in fault for fault in faults)
     assert "\n" not in str(failure.value)
@@ -237,7 +247,7 @@ def test_bad_parameters_are_all_in_one_message() -> None:
     "settings",
     [
         {"max_length_tokens": 11}, {"max_length_tokens": 65_535}, {"seed": 2**63 - 1}, {"validation_fraction": 0.0},
-        {"shard_samples": 128},
+        {"shard_samples": 128}, {"short_sample_probability": 1.0},
     ],
 )  # fmt: skip
 def test_parameters_at_their_limits_are_taken(settings: dict[str, float]) -> None:
@@ -374,7 +384,8 @@ def test_an_interrupted_build_is_gone_on_with_and_not_begun_anew(
     os.killpg(running_build.process.pid, signal.SIGKILL)
     running_build.wait()
     work = running_build.folder / build_module.WORK
-    done = {path: path.stat().st_mtime_ns for path in (*work.glob("unit-*"), *running_build.folder.glob("*.h5"))}
+    finished = [path for path in running_build.folder.glob("*.h5") if (work / f"{path.stem}.json").exists()]
+    done = {path: path.stat().st_mtime_ns for path in [*work.glob("unit-*"), *finished]}
     assert done
     with pytest.raises(ValueError, match="holds an unfinished data set made from other parameters"):
         build_data(chapters[:30], running_build.folder, max_length_tokens=16, mask_sets=3)

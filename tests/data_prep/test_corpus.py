@@ -14,7 +14,7 @@ BOM = b"\xef\xbb\xbf"
 
 def texts(*paths: Path, document_per: corpus.DocumentPer = "file") -> list[str]:
     """The documents' lines, joined by |."""
-    return ["|".join(document.lines) for document in read_documents(find_sources(paths), ReadSettings(document_per))]
+    return ["|".join(document.lines) for document in read_documents(find_sources(paths, ReadSettings(document_per)))]
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -153,10 +153,10 @@ def test_a_document_too_large_is_refused(
 
 
 def test_bytes_read_are_reported(sample_corpus: Path) -> None:
-    sources = find_sources([sample_corpus])
-    for settings in (ReadSettings("file"), ReadSettings("blank_line")):
+    for reading in (ReadSettings("file"), ReadSettings("blank_line")):
+        sources = find_sources([sample_corpus], reading)
         advances: list[int] = []
-        assert list(read_documents(sources, settings, advances.append))
+        assert list(read_documents(sources, advances.append))
         assert sum(advances) == sum(source.size_bytes for source in sources)
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
-from data_prep.draws import Decision, draw_words, scale_high_bits
+from data_prep.draws import Decision, draw_one_by_one, draw_words, scale_high_bits
 
 LARGEST_WORD = 2**64 - 1
 
@@ -38,9 +40,27 @@ def test_streams_are_uncorrelated() -> None:
 
 def test_values_that_stored_data_sets_rely_on() -> None:
     """A data set built again later must have the same bytes: neither keys nor the generator may ever change."""
-    stored = {"SEGMENT_BOUNDARY": 1, "MASKS": 2, "CHUNK_ORDER": 3, "ORDER_IN_WINDOW": 4}
+    stored = {"SEGMENT_BOUNDARY": 1, "MASKS": 2, "CHUNK_ORDER": 3, "ORDER_IN_WINDOW": 4, "SHORT_SAMPLES": 5}
     assert {name: Decision[name] for name in stored} == stored
     assert draw_words(5, Decision.MASKS, 3, 1, 2, variant=1)[0].tolist() == [8506315779875957605, 4549029752255616134]
+
+
+def test_words_drawn_one_by_one_are_uniform_and_those_of_their_item() -> None:
+    """5,000 words of each of neighbouring keys: as numbers in [0, 1), their mean, variance and correlations."""
+    keys = [
+        (0, Decision.SHORT_SAMPLES, 0),
+        (0, Decision.SHORT_SAMPLES, 1),
+        (1, Decision.SHORT_SAMPLES, 0),
+        (0, Decision.MASKS, 0),
+    ]
+    streams = [list(islice(draw_one_by_one(*key), 5001)) for key in keys]
+    assert streams[1] == list(islice(draw_one_by_one(*keys[1]), 5001))
+    numbers = np.array([stream[:-1] for stream in streams] + [streams[0][1:]]) / 2.0**64
+    assert np.abs(numbers.mean(axis=1) - 0.5).max() < 4.5 * (1 / 12 / 5000) ** 0.5
+    assert np.abs(numbers.var(axis=1) - 1 / 12).max() < 4.5 * (1 / 180 / 5000) ** 0.5
+    correlation = np.corrcoef(numbers)[np.triu_indices(len(numbers), k=1)]
+    assert np.abs(correlation).max() < 4.4 / np.sqrt(5000)
+    assert next(draw_one_by_one(5, Decision.SHORT_SAMPLES, 2**64 - 1)) == 6432363469758427822
 
 
 @pytest.mark.parametrize("bound", [1, 2, 5, 600, 2**31])

@@ -37,10 +37,10 @@ NUM_EXAMPLES = 150
 
 def read(path: Path, reading: ReadSettings = BLANK_LINE, unit_bytes: int = WHOLE) -> list[tuple[str, ...]]:
     """The lines of each document of each unit."""
-    sources = find_sources([path])
-    units = plan_units(sources, reading, unit_bytes)
+    sources = find_sources([path], reading)
+    units = plan_units(sources, unit_bytes)
     assert sum(unit.size_bytes for unit in units) == sum(source.size_bytes for source in sources)
-    return [document.lines for unit in units for document in read_unit(sources, unit, reading)]
+    return [document.lines for unit in units for document in read_unit(sources, unit)]
 
 
 def as_documents(texts: Sequence[str | None]) -> list[tuple[str, ...]]:
@@ -139,10 +139,10 @@ def _read_arrow(path: Path) -> pa.Table:
     ("field", "found"), [("body", "no such column"), ("id", "int64"), ("Text", "no such column")]
 )  # fmt: skip
 def test_a_wrong_column_is_named_before_anything_is_read(tmp_path: Path, name: str, field: str, found: str) -> None:
-    sources = find_sources([write_table(tmp_path / name, TEXTS)])
+    sources = find_sources([write_table(tmp_path / name, TEXTS)], ReadSettings(text_field=field))
     message = rf'{name}: expected strings in a column "{field}", found {found}; .* id, text, score: .*--text_field'
     with pytest.raises(ValueError, match=message):
-        plan_units(sources, ReadSettings(text_field=field))
+        plan_units(sources)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -251,8 +251,8 @@ def test_large_files_are_split_and_small_ones_share_a_unit(tmp_path: Path) -> No
     for number in range(30):
         write(tmp_path / f"c{number}.txt", b"text")
     write(tmp_path / "d.txt.gz", b"\n\n".join(str(number).encode() for number in range(2000)))
-    sources = find_sources([tmp_path])
-    units = plan_units(sources, BLANK_LINE, unit_bytes=1000)
+    sources = find_sources([tmp_path], BLANK_LINE)
+    units = plan_units(sources, unit_bytes=1000)
     pieces = [piece for unit in units for piece in unit.pieces]
     num_pieces = [sum(piece.source == index for piece in pieces) for index in range(len(sources))]
     assert num_pieces[0] == -(-sources[0].size_bytes // 1000) == 3
@@ -261,7 +261,7 @@ def test_large_files_are_split_and_small_ones_share_a_unit(tmp_path: Path) -> No
     assert sources[-1].size_bytes > 1000
     assert len({unit.pieces for unit in units for piece in unit.pieces if piece.source in range(2, 32)}) <= 2
     assert [unit.size_bytes for unit in units if len(unit.pieces) > 1 and unit.size_bytes > 1000] == []
-    assert plan_units(sources, BLANK_LINE, 1000) == units
+    assert plan_units(sources, 1000) == units
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.arrow"])
@@ -274,9 +274,9 @@ def test_a_unit_reads_its_own_documents_alone(tmp_path: Path, name: str) -> None
         write(path, as_json_lines(texts))
     else:
         write_table(path, texts, part_rows=5)
-    sources = find_sources([path])
-    units = plan_units(sources, BLANK_LINE, -(-path.stat().st_size // 10))
-    counts = [len(list(read_unit(sources, unit, BLANK_LINE))) for unit in units]
+    sources = find_sources([path], BLANK_LINE)
+    units = plan_units(sources, -(-path.stat().st_size // 10))
+    counts = [len(list(read_unit(sources, unit))) for unit in units]
     assert sum(counts) == 200
     assert max(counts) <= 25
     assert len(counts) in (10, 11, 14)
@@ -284,9 +284,9 @@ def test_a_unit_reads_its_own_documents_alone(tmp_path: Path, name: str) -> None
 
 def test_a_document_per_file_is_never_split(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", b"one\n\n" * 1000)
-    (unit,) = plan_units(find_sources([tmp_path]), ReadSettings("file"), unit_bytes=1)
+    (unit,) = plan_units(find_sources([tmp_path], ReadSettings("file")), unit_bytes=1)
     assert len(unit.pieces) == 1
-    assert len(plan_units(find_sources([tmp_path]), BLANK_LINE, unit_bytes=100)) == 50
+    assert len(plan_units(find_sources([tmp_path], BLANK_LINE), unit_bytes=100)) == 50
 
 
 @pytest.mark.parametrize("unit_bytes", [10, 100, WHOLE])
@@ -388,10 +388,10 @@ def test_compressed_files_joined_are_one_text(tmp_path: Path, suffix: str) -> No
 def test_compressed_text_is_streamed(tmp_path: Path, suffix: str) -> None:
     """Many documents of a file that is far larger than what is held of it."""
     path = write(tmp_path / f"a.jsonl{suffix}", as_json_lines(["x" * 2500]) * 20_000)
-    sources = find_sources([path])
-    (unit,) = plan_units(sources, BLANK_LINE)
+    sources = find_sources([path], BLANK_LINE)
+    (unit,) = plan_units(sources)
     tracemalloc.start()
-    num_documents = sum(1 for _ in read_unit(sources, unit, BLANK_LINE))
+    num_documents = sum(1 for _ in read_unit(sources, unit))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert num_documents == 20_000
@@ -478,12 +478,12 @@ def test_names_of_other_files(tmp_path: Path, name: str) -> None:
 def test_a_unit_without_a_blank_line_reads_no_further_than_its_end(tmp_path: Path) -> None:
     """Bytes that are not UTF-8, far behind it, are not its business: not behind many lines, nor behind a long one."""
     for content in (b"word\n" * 2**20 + b"\xe9", b"x" * 5 * 2**20 + b"\n\xe9"):
-        sources = find_sources([write(tmp_path / "a.txt", content)])
-        first, *others, _, _ = plan_units(sources, BLANK_LINE, unit_bytes=2**20)
+        sources = find_sources([write(tmp_path / "a.txt", content)], BLANK_LINE)
+        first, *others, _, _ = plan_units(sources, unit_bytes=2**20)
         assert len(others) == 3
-        assert [list(read_unit(sources, unit, BLANK_LINE)) for unit in others] == [[]] * 3
+        assert [list(read_unit(sources, unit)) for unit in others] == [[]] * 3
         with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(content) - 1}"):
-            list(read_unit(sources, first, BLANK_LINE))
+            list(read_unit(sources, first))
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "stream.arrow"])

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def test_the_share_is_right_and_spread_over_the_corpus(share: float) -> None:
 @pytest.mark.parametrize("sample_bytes", [TOTAL_BYTES, 10 * TOTAL_BYTES])
 def test_a_corpus_no_larger_than_the_sample_is_taken_whole(sample_bytes: int) -> None:
     assert list(LineSample(sample_bytes, TOTAL_BYTES).of(LINES)) == LINES
+
+
+@pytest.mark.parametrize(("share", "epochs"), [(1, 2.5), (0.5, 3), (0.1, 2), (1, 0.25)])
+def test_a_line_is_there_as_often_as_its_epochs_ask(share: float, epochs: float) -> None:
+    """floor(share x epochs) times, and once more by what is left: of a line, no other number of times."""
+    sample = LineSample(int(share * TOTAL_BYTES), TOTAL_BYTES)
+    times = np.bincount(numbers(sample.of(LINES, Fraction(epochs))), minlength=len(LINES))
+    whole, rest = divmod(share * epochs, 1)
+    assert set(times) <= {int(whole), int(whole) + (rest > 0)}
+    assert abs(times.mean() - share * epochs) < 4.5 * (rest * (1 - rest) / len(LINES)) ** 0.5 + 1e-4
+    assert sample.num_kept == (times > 0).sum()
+    assert sample.kept_bytes == sum(len(line) * int(n) for line, n in zip(LINES, times, strict=True))
 
 
 def test_another_seed_is_another_sample() -> None:

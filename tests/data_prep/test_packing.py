@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.corpus import find_sources, read_documents
+from data_prep.draws import Decision, draw_one_by_one
 from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS, Samples, cut_into_texts
+from data_prep.parameters import BuildParameters
 from data_prep.tokenizer import Tokenizer
+from data_prep.units import tokenize
 
 Assemble = Callable[..., Samples]
 
@@ -31,6 +36,106 @@ def test_pieces_lose_nothing_fit_and_are_equal_within_one_token(case: tuple[np.n
     assert max(sizes) - min(sizes) <= 1
     assert (len(texts) - 1) * (max_length - NUM_SPECIAL_TOKENS) < len(document), "one piece fewer would not fit"
     assert min(sizes) >= 2, "each segment needs a token"
+
+
+def cut_one_by_one(num_ids: int, max_length: int, probability: float, seed: int, document_hash: int) -> list[int]:
+    """The sizes that `cut_into_texts` gives, piece by piece: a short piece ends the stretch of full ones before it."""
+    largest = max_length - NUM_SPECIAL_TOKENS
+    sizes: list[int] = []
+    stretch = at = 0
+    words = draw_one_by_one(seed, Decision.SHORT_SAMPLES, document_hash)
+
+    def end_stretch() -> None:
+        num = -(-stretch // largest)
+        sizes.extend(stretch // num + (i < stretch % num) for i in range(num))
+
+    while True:
+        is_short = next(words) / 2**64 < probability
+        size = MIN_DOCUMENT_TOKENS + next(words) * (largest - MIN_DOCUMENT_TOKENS + 1) // 2**64 if is_short else largest
+        if num_ids - at - size < MIN_DOCUMENT_TOKENS:
+            stretch += num_ids - at
+            end_stretch()
+            return sizes
+        if is_short:
+            end_stretch()
+            sizes.append(size)
+            stretch = 0
+        else:
+            stretch += size
+        at += size
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    case=documents_and_limits(),
+    probability=st.one_of(st.floats(0.001, 1), st.just(1.0)),
+    seed=st.integers(0, 2**63 - 1),
+    document_hash=st.integers(0, 2**64 - 1),
+)
+def test_short_samples_are_cut_by_their_plain_definition_and_lose_nothing(
+    case: tuple[np.ndarray, int], probability: float, seed: int, document_hash: int
+) -> None:
+    document, max_length = case
+    texts = cut_into_texts(
+        document, max_length, short_sample_probability=probability, seed=seed, document_hash=document_hash
+    )
+    sizes = [len(text) for text in texts]
+    np.testing.assert_array_equal(np.concatenate(texts), document)
+    assert sizes == cut_one_by_one(len(document), max_length, probability, seed, document_hash)
+    assert max(sizes) + NUM_SPECIAL_TOKENS <= max_length
+    smallest_half = (max_length - NUM_SPECIAL_TOKENS + 1) // 2  # of a text one token too long for a sample
+    assert min(sizes) >= min(MIN_DOCUMENT_TOKENS, smallest_half)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 1.0])
+def test_the_share_of_short_samples_and_their_uniform_sizes(probability: float) -> None:
+    """Of one long document; a short sample may be of full size as well. Chi-square within five standard deviations."""
+    largest, document = 61, np.zeros(1_500_000, dtype=np.uint8)
+    texts = cut_into_texts(
+        document, largest + NUM_SPECIAL_TOKENS, short_sample_probability=probability, seed=3, document_hash=2**63 + 11
+    )
+    counts = np.bincount([len(text) for text in texts[:-3]], minlength=largest + 1)[MIN_DOCUMENT_TOKENS:]
+    num_sizes = largest - MIN_DOCUMENT_TOKENS + 1
+    expected = np.full(num_sizes, probability / num_sizes) + (1 - probability) * (np.arange(num_sizes) == num_sizes - 1)
+    expected *= counts.sum()
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - (num_sizes - 1)) < 5 * (2 * (num_sizes - 1)) ** 0.5
+
+
+def test_short_samples_of_many_documents_differ_and_have_the_share() -> None:
+    """Documents that would be one sample: cut where the first is short and leaves enough behind it."""
+    document, largest, share = np.zeros(40), 61, 0.3
+    cuts = [
+        len(cut_into_texts(document, largest + 3, short_sample_probability=share, seed=0, document_hash=h)[0])
+        for h in range(2**60, 2**60 + 4000)
+    ]
+    num_cut = sum(size < 40 for size in cuts)
+    expected = share * (40 - 8 - 8 + 1) / (largest - 8 + 1)
+    assert abs(num_cut - 4000 * expected) < 4.5 * (4000 * expected * (1 - expected)) ** 0.5
+    assert set(cuts) == {*range(8, 33), 40}
+
+
+def test_a_build_cuts_each_document_by_its_hash_and_the_seed(chapters: list[Path], tokenizer: Tokenizer) -> None:
+    parameters = BuildParameters(64, short_sample_probability=0.3, validation_fraction=0.0, seed=5)
+    documents = list(read_documents(find_sources(chapters[:2])))
+    texts, counts = tokenize(documents, tokenizer, parameters)
+    expected = [
+        cut
+        for document in documents
+        for cut in cut_into_texts(
+            tokenizer.encode(document.lines), 64, short_sample_probability=0.3, seed=5, document_hash=document.hash
+        )
+    ]
+    assert counts["train_samples"] == len(expected) > 20
+    for index, text in enumerate(expected):
+        np.testing.assert_array_equal(texts["train"][index], text)
+
+
+def test_without_short_samples_no_draw_is_made() -> None:
+    document = np.arange(1000)
+    first, second = (cut_into_texts(document, 64, seed=s, document_hash=h) for s, h in ((0, 0), (1, 99)))
+    assert [len(text) for text in first] == [len(text) for text in second]
+    assert max(map(len, first)) - min(map(len, first)) <= 1
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -9,7 +9,8 @@ import torch
 from support import REPOSITORY
 
 from data_prep.build import build
-from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.corpus import find_sources, read_documents
+from data_prep.mixture import Corpus
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet
@@ -28,7 +29,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(lines, folder / "tokenizer.model", vocab_size=1000)
     parameters = BuildParameters(max_length_tokens=64, mask_sets=2, validation_fraction=0.1, shard_samples=512)
     with LocalProcesses(1) as processes:
-        build(corpus, folder / "tokenizer.model", folder / "set", parameters, ReadSettings(), processes)
+        build([Corpus(corpus)], folder / "tokenizer.model", folder / "set", parameters, processes)
     return folder / "set"
 
 

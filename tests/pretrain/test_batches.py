@@ -60,6 +60,19 @@ def test_chunks_are_spread_over_the_data_and_samples_over_their_window() -> None
     assert abs(np.corrcoef(within, np.arange(8192))[0, 1]) < 0.05
 
 
+def test_corpora_stored_one_behind_the_other_keep_their_shares_all_along() -> None:
+    """In each hundredth of an epoch a corpus has its share, within what drawing whole chunks at random gives."""
+    shares, part = np.array([0.66, 0.3, 0.04]), 2 * 8192
+    samples = SampleOrder(100 * part, seed=5).samples(0, 100 * part)[1]
+    corpora = np.searchsorted(np.cumsum(shares) * 100 * part, samples, side="right").reshape(100, part)
+    for corpus, share in enumerate(shares):
+        found = (corpora == corpus).mean(axis=1)
+        deviation = np.sqrt(share * (1 - share) * CHUNK_SAMPLES / part * (1 - 0.01))
+        assert np.abs(found - share).max() < 5 * deviation
+        assert 0.6 < ((found - share) ** 2).mean() / deviation**2 < 1.5
+        assert abs(np.corrcoef(found, np.arange(100))[0, 1]) < 0.4
+
+
 def test_a_billion_samples_in_constant_memory() -> None:
     order = SampleOrder(10**9, seed=0)
     tracemalloc.start()

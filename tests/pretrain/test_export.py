@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from support import REPOSITORY, deepspeed_json, run_command
 
 from data_prep.build import build
-from data_prep.corpus import ReadSettings
 from data_prep.import_tokenizer import import_tokenizer
+from data_prep.mixture import Corpus
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet
@@ -64,7 +64,7 @@ def test_a_word_piece_tokenizer_goes_from_data_to_export(tmp_path: Path) -> None
     import_tokenizer(tmp_path / "vocab.txt", tmp_path / "bert.json", pieces={})
     with LocalProcesses(1) as processes:
         parameters = BuildParameters(max_length_tokens=64)
-        build(corpus, tmp_path / "bert.json", tmp_path / "data", parameters, ReadSettings(), processes)
+        build([Corpus(corpus)], tmp_path / "bert.json", tmp_path / "data", parameters, processes)
     config = deepspeed_json(tmp_path / "ds.json", fp16=None, train_micro_batch_size_per_gpu=32)
     done = run_command(
         ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(tmp_path / "data"), "--run",
