@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from fractions import Fraction
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 from data_prep import inspect, stats
 from data_prep.build import build
+from data_prep.cleaning import CleanSettings, cleaned
 from data_prep.console import (
     USER_ERROR_STATUS,
     ArgumentParser,
@@ -25,6 +27,7 @@ from data_prep.console import (
     run_command,
 )  # fmt: skip
 from data_prep.corpus import ReadSettings, Source, read_documents
+from data_prep.duplicates import DuplicateSettings
 from data_prep.formats import EXPECTED_NAMES
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.line_sample import LineSample
@@ -67,6 +70,7 @@ def make_parser() -> ArgumentParser:
         texts.add_argument("--mixture", type=Path, metavar="YAML",
                            help="file that names several corpora and how often training sees each; docs/data.md shows one")  # fmt: skip
         add_flags(sub, ReadSettings)
+        add_flags(sub, CleanSettings)
 
     def takes_tokenizer(sub: ArgumentParser, what: str) -> None:
         sub.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer.model"), help=what)
@@ -111,6 +115,7 @@ def make_parser() -> ArgumentParser:
     takes_corpus(sub)
     takes_tokenizer(sub, "file made by train-tokenizer or import-tokenizer")
     takes_data(sub)
+    add_flags(sub, DuplicateSettings)
     add_flags(sub, BuildParameters)
     takes_workers(sub)
 
@@ -144,15 +149,20 @@ def make_parser() -> ArgumentParser:
 _bytes_bar = partial(progress_bar, unit="B")
 
 
+def _from_flags(cls: type[_T], args: Any) -> _T:
+    """The settings that the command line gives, of a class whose fields are flags."""
+    return cls(**flag_values(args, [field.name for field in fields(cls)]))  # type: ignore[arg-type]
+
+
 def _mixture(args: Any) -> Mixture:
-    reading = ReadSettings(**flag_values(args, [field.name for field in fields(ReadSettings)]))
+    reading = _from_flags(ReadSettings, args)
     return read_mixture(args.mixture, reading) if args.mixture else [Corpus(args.corpus, reading)]
 
 
 def _train_tokenizer(args: Any) -> None:
     if args.sample_mb <= 0:
         raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected more than 0")
-    mixture = _mixture(args)
+    mixture, cleaning = _mixture(args), _from_flags(CleanSettings, args)
     sources = [list(of_corpus) for _, of_corpus in groupby(sources_of(mixture), key=attrgetter("corpus"))]
     sizes = [sum(source.size_bytes for source in of_corpus) for of_corpus in sources]
     epochs = epochs_of(mixture, sizes)
@@ -161,7 +171,8 @@ def _train_tokenizer(args: Any) -> None:
     with _bytes_bar("read corpus", sum(sizes)) as bar:
 
         def lines_of(of_corpus: list[Source]) -> Iterator[str]:
-            return (line for document in read_documents(of_corpus, bar.update) for line in document.lines)
+            documents = cleaned(read_documents(of_corpus, bar.update), cleaning, Counter())
+            return (line for document in documents for line in document.lines)
 
         lines = chain.from_iterable(map(sample.of, map(lines_of, sources), epochs))
         first = next(lines, None)
@@ -195,13 +206,15 @@ def _import_tokenizer(args: Any) -> None:
 
 
 def _build(args: Any) -> None:
-    parameters = BuildParameters(**flag_values(args, [field.name for field in fields(BuildParameters)]))
-    mixture = _mixture(args)
-    _with_processes(
-        args,
-        lambda *how: build(mixture, args.tokenizer, args.data, parameters, *how),
-        partial(_tell_what_was_built, args.data),
-    )
+    mixture, parameters = _mixture(args), _from_flags(BuildParameters, args)
+    cleaning, duplicates = _from_flags(CleanSettings, args), _from_flags(DuplicateSettings, args)
+
+    def make(processes: Processes, bar: Any) -> bool:
+        return build(
+            mixture, args.tokenizer, args.data, parameters, processes, bar, cleaning=cleaning, duplicates=duplicates
+        )
+
+    _with_processes(args, make, partial(_tell_what_was_built, args.data))
 
 
 def _remask(args: Any) -> None:

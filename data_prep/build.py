@@ -1,11 +1,12 @@
 """From text files to a data set: the whole way, on several processes, with the same bytes whatever their number.
 
-Two stages of independent tasks, each of which leaves its result in a file, so that an interrupted build goes on:
+Stages of independent tasks, each of which leaves its result in a file, so that an interrupted build goes on:
 
-    units     a part of the input: read, tokenize, cut into texts    -> DATA/.work/unit-00000012.npz, .json
-    shards    the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
+    duplicates  where they are to be dropped: data_prep/duplicates.py  -> DATA/.work/duplicates/
+    units       a part of the input: read, clean, tokenize, cut        -> DATA/.work/unit-00000012.npz, .json
+    shards      the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
 
-Between them, the main process counts the texts of all units: from then on every sample has its number. A corpus of several
+Before the shards, the main process counts the texts of all units: from then on every sample has its number. A corpus of several
 epochs is tokenized once; its texts come as often as it has epochs, each time as samples of their own.
 """
 
@@ -24,8 +25,19 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.cleaning import CLEANING_COUNTS, NO_CLEANING, CleanSettings, cleaned, is_too_short
 from data_prep.console import progress_bar
-from data_prep.corpus import Source, Unit, plan_units, read_unit
+from data_prep.corpus import Document, Source, Unit, plan_units, read_unit
+from data_prep.duplicates import (
+    KEEP_DUPLICATES,
+    KINDS,
+    DuplicateSettings,
+    choose_bands,
+    find_duplicates,
+    hash_unit,
+    is_hashed,
+    without_duplicates,
+)
 from data_prep.files import read_json, sha256_of_file, write_json, write_whole
 from data_prep.masking import (
     BLOCK_PROBABILITY,
@@ -59,6 +71,7 @@ _PLAN = "plan.json"
 _SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
 BLOCK_SAMPLES = 8 * CHUNK_SAMPLES  # samples in memory at a time while a shard is written
 _FIRST_VALIDATION_SAMPLE = 2**48
+_DROPPED = ("too_short_documents", "too_long_documents", *KINDS)
 
 
 Bar = Callable[[str, int, str], Any]
@@ -82,6 +95,9 @@ def build(
     parameters: BuildParameters,
     processes: Processes,
     bar: Bar | None = None,
+    *,
+    cleaning: CleanSettings = NO_CLEANING,
+    duplicates: DuplicateSettings = KEEP_DUPLICATES,
 ) -> bool:
     """Make the data set `folder`, or go on with it; returns False, having done nothing, if it is made already.
 
@@ -92,7 +108,7 @@ def build(
     sources = processes.on_main(lambda: sources_of(mixture))
     units = processes.on_main(lambda: plan_units(sources))
     tokenizer = processes.on_main(lambda: _describe_tokenizer(tokenizer_path))
-    processes.prepare(_set_up, tokenizer_path, folder, parameters, sources)
+    processes.prepare(_set_up, tokenizer_path, folder, parameters, sources, cleaning, duplicates)
 
     hashes: dict[int, str] = {}
     with bar("read input", sum(s.size_bytes for s in sources), "B") as progress:
@@ -103,7 +119,7 @@ def build(
 
         processes.run(_hash_source, [(i,) for i in range(len(sources))], hashed)
     made_from = {
-        "parameters": asdict(parameters),
+        "parameters": asdict(parameters) | asdict(cleaning) | asdict(duplicates),
         "tokenizer": tokenizer,
         "corpora": [corpus.settings() for corpus in mixture],
         "sources": [
@@ -116,10 +132,18 @@ def build(
     if processes.on_main(lambda: _is_made(folder, made_from)):
         return False
 
-    todo = processes.on_main(lambda: [i for i in range(len(units)) if not is_done(folder / WORK, i)])
-    with bar("tokenize", sum(u.size_bytes for u in units), "B") as progress:
-        progress.update(sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo))
-        processes.run(_tokenize_unit, [(i, units[i]) for i in todo], progress.update)
+    def run_over_units(what: str, task: Callable[..., int], is_finished: Callable[[int], bool], *words: Any) -> None:
+        todo = processes.on_main(lambda: [i for i in range(len(units)) if not is_finished(i)])
+        with bar(what, sum(u.size_bytes for u in units), "B") as progress:
+            progress.update(sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo))
+            processes.run(task, [(i, units[i], *words) for i in todo], progress.update)
+
+    if duplicates.kinds:
+        bands = processes.on_main(lambda: choose_bands(duplicates))
+        processes.on_main(lambda: _hashes(folder).mkdir(exist_ok=True))
+        run_over_units("hash texts", _hash_unit, partial(is_hashed, _hashes(folder)), bands)
+        find_duplicates(_hashes(folder), len(units), duplicates, processes, bar)
+    run_over_units("tokenize", _tokenize_unit, partial(is_done, folder / WORK))
     counts = processes.on_main(lambda: [read_counts(folder / WORK, unit) for unit in range(len(units))])
     totals = processes.on_main(lambda: _totals_of_corpora(mixture, folder, units, counts))
     orders = processes.on_main(lambda: _order_texts(mixture, folder, units, counts, totals))
@@ -147,7 +171,7 @@ def _is_made(folder: Path, made_from: dict[str, Any]) -> bool:
     if manifest_path(folder).exists():
         _refuse_changes(folder, "a data set", read_data_manifest(folder), made_from)
         return True
-    if plan.exists() and any((folder / WORK).glob("unit-*.json")):
+    if plan.exists() and any(file.name != _PLAN for file in (folder / WORK).glob("[!.]*")):
         _refuse_changes(folder, "an unfinished data set", read_json(plan), made_from)
         return False
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +220,11 @@ def _why_nothing_to_train_on(total: Counter[str]) -> str:
         return (
             f"all {total['validation']} documents fell to validation; give more documents, a smaller "
             "--validation_fraction, or --document_per blank_line if blank lines separate them"
+        )
+    if dropped := [f"{total[name]} {name.replace('_', ' ')}" for name in _DROPPED if total[name]]:
+        return (
+            f"cleaning left nothing to train on: it dropped {', '.join(dropped)}; documents left with fewer than "
+            f"{MIN_DOCUMENT_TOKENS} tokens: {total['too_short']}"
         )
     if total["too_short"]:
         return f"nothing to train on: each of the {total['too_short']} documents has fewer than {MIN_DOCUMENT_TOKENS} tokens"
@@ -257,6 +286,7 @@ def _declare_whole(
         "documents": _documents(total),
         "mixture": shares,
         "text": describe_text(total),
+        "cleaning": {name: total[name] for name in (*CLEANING_COUNTS, *KINDS)},
         "splits": splits,
     })  # fmt: skip
     _remove(folder, *(f".{name}.partial" for name in _SHARDS))
@@ -273,6 +303,10 @@ def _shares(mixture: Mixture, totals: list[Counter[str]], order: TextOrder) -> l
 
 def _documents(total: Counter[str]) -> dict[str, int]:
     return {name: total[name] for name in (*SPLITS, "too_short")}
+
+
+def _hashes(folder: Path) -> Path:
+    return folder / WORK / "duplicates"
 
 
 def number_of_sample(split: Split, index: int) -> int:
@@ -307,24 +341,42 @@ class _Worker:
     folder: Path
     parameters: BuildParameters
     sources: list[Source]
+    cleaning: CleanSettings
+    duplicates: DuplicateSettings
 
 
 _worker: _Worker  # set once in each process, so that tasks carry their number and not the tokenizer
 
 
-def _set_up(tokenizer_path: Path, folder: Path, parameters: BuildParameters, sources: list[Source]) -> None:
+def _set_up(tokenizer_path: Path, *settings: Any) -> None:
     global _worker
-    _worker = _Worker(load_tokenizer(tokenizer_path), folder, parameters, sources)
+    _worker = _Worker(load_tokenizer(tokenizer_path), *settings)
 
 
 def _hash_source(index: int) -> tuple[int, str]:
     return index, sha256_of_file(_worker.sources[index].path)
 
 
+def _read_cleaned(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
+    return cleaned(read_unit(_worker.sources, unit), _worker.cleaning, counts)
+
+
+def _hash_unit(index: int, unit: Unit, bands: tuple[int, int]) -> int:
+    """Leave the hashes of the unit's documents in files; returns its size in bytes."""
+    hash_unit(_hashes(_worker.folder), index, _read_cleaned(unit, Counter()), _worker.duplicates, bands)
+    return unit.size_bytes
+
+
 def _tokenize_unit(index: int, unit: Unit) -> int:
     """Leave the unit's texts and counts in files; returns its size in bytes."""
-    documents = read_unit(_worker.sources, unit)
-    write_unit(_worker.folder / WORK, index, *tokenize(documents, _worker.tokenizer, _worker.parameters))
+    counts: Counter[str] = Counter()
+    documents = _read_cleaned(unit, counts)
+    if _worker.duplicates.kinds:
+        different = without_duplicates(_hashes(_worker.folder), index, documents, _worker.duplicates, counts)
+        documents = (document for document in different if not is_too_short(document, _worker.cleaning, counts))
+    texts, counts_of_texts = tokenize(documents, _worker.tokenizer, _worker.parameters)
+    counts.update(counts_of_texts)
+    write_unit(_worker.folder / WORK, index, texts, counts)
     return unit.size_bytes
 
 

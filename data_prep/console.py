@@ -59,7 +59,9 @@ def add_flags(parser: Any, cls: type, *, only: Iterable[str] | None = None, opti
         )
         kind = next((t for t in get_args(hints[field.name]) if t is not type(None)), None)
         kind = hints[field.name] if kind is None or get_origin(hints[field.name]) is Literal else kind
-        if get_origin(kind) is Literal:
+        if kind is bool:
+            settings["action"] = "store_true"
+        elif get_origin(kind) is Literal:
             settings["choices"] = get_args(kind)
         elif issubclass(kind, Enum):
             settings |= {"type": kind, "choices": list(kind), "metavar": "{" + ",".join(e.value for e in kind) + "}"}

@@ -7,15 +7,16 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Literal
 
 from data_prep.formats import EXPECTED_NAMES, format_of, is_compressed, is_table, num_parts, open_text, read_column
 
 DocumentPer = Literal["file", "blank_line"]
+ParagraphPer = Literal["line", "blank_line"]
 MAX_DOCUMENT_BYTES = 256 * 2**20
 _READ_BYTES = 2**20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -74,17 +75,55 @@ class Document:
     """One text: its lines, without surrounding white space and without empty ones."""
 
     lines: tuple[str, ...]
+    paragraph_starts: tuple[int, ...] = ()
+    """The lines, besides the first, that stand behind a blank one."""
+    whole_hash: int | None = None
+    """`hash` of the document that this one is a rest of."""
 
     @property
     def hash(self) -> int:
-        """64 bits of the text's BLAKE2b: decides train or validation, whatever the file order."""
-        digest = hashlib.blake2b("\n".join(self.lines).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big")
+        """64 bits of the whole text's BLAKE2b: decides train or validation, whatever the file order."""
+        return hash_text("\n".join(self.lines)) if self.whole_hash is None else self.whole_hash
+
+    @property
+    def text(self) -> str:
+        """The lines, with a blank one before each paragraph: what `make_document` makes the same document of."""
+        return "\n\n".join("\n".join(lines) for lines in self.paragraphs("blank_line"))
+
+    @property
+    def num_characters(self) -> int:
+        """Of the lines, with a line break between two."""
+        return sum(map(len, self.lines)) + max(len(self.lines) - 1, 0)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the text in UTF-8, its line ends included."""
         return len("\n".join(self.lines).encode())
+
+    def paragraphs(self, per: ParagraphPer) -> list[tuple[str, ...]]:
+        """The lines as paragraphs: each for itself, or those between blank lines."""
+        if per == "line":
+            return [(line,) for line in self.lines]
+        return [self.lines[start:stop] for start, stop in pairwise((0, *self.paragraph_starts, len(self.lines)))]
+
+    def without(self, numbers: Collection[int], per: ParagraphPer) -> Document:
+        """The rest of the document without the paragraphs of these numbers."""
+        kept = (lines for number, lines in enumerate(self.paragraphs(per)) if number not in numbers)
+        return Document(tuple(chain.from_iterable(kept)), whole_hash=self.hash)
+
+
+def hash_text(text: str) -> int:
+    """64 bits of the text's BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def make_document(lines: Iterable[str]) -> Document:
+    """The document of raw lines; without any text it has no lines."""
+    stripped = [line.strip() for line in lines]
+    kept = tuple(filter(None, stripped))
+    blank = [number for number, line in enumerate(stripped) if not line] if len(kept) < len(stripped) else []
+    starts = {number - blanks_before for blanks_before, number in enumerate(blank)} - {0, len(kept)}
+    return Document(kept, tuple(sorted(starts)))
 
 
 def find_sources(paths: Sequence[Path], reading: ReadSettings = DEFAULT_READING, corpus: int = 0) -> list[Source]:
@@ -187,9 +226,9 @@ def read_unit(sources: Sequence[Source], unit: Unit) -> Iterator[Document]:
 
 
 def _document(lines: Iterable[str]) -> Iterator[Document]:
-    stripped = tuple(text for line in lines if (text := line.strip()))
-    if stripped:
-        yield Document(stripped)
+    document = make_document(lines)
+    if document.lines:
+        yield document
 
 
 def _whole_file(source: Source) -> Iterator[Document]:

@@ -25,6 +25,7 @@ def summarize(data: DataSet) -> dict[str, Any]:
         "vocab_size": data.tokenizer.vocab_size,
         "documents": data.manifest["documents"],
         "mixture": data.manifest.get("mixture", []),
+        "cleaning": data.manifest.get("cleaning", {}),
         "splits": splits,
     }
 
@@ -32,7 +33,8 @@ def summarize(data: DataSet) -> dict[str, Any]:
 def describe(data: DataSet) -> Iterator[str]:
     """The summary as lines of text."""
     summary = summarize(data)
-    parameters = ", ".join(f"{key} {value}" for key, value in summary["parameters"].items())
+    given = (item for item in summary["parameters"].items() if str(item[1]) not in ("None", "none", "False"))
+    parameters = ", ".join(f"{key} {value}" for key, value in given)
     yield f"{summary['data']}: vocabulary {summary['vocab_size']:,}, {parameters}"
     documents = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary["documents"].items())
     yield f"documents: {documents}"
@@ -42,6 +44,8 @@ def describe(data: DataSet) -> Iterator[str]:
             f"corpus {corpus['corpus']}: {corpus['epochs']:.4g} epochs of {corpus['documents']['train']:,} documents to train "
             f"on, {corpus['train_samples']:,} samples ({share:.1%} of train)"
         )
+    if cleaned := [f"{count:,} {name.replace('_', ' ')}" for name, count in summary["cleaning"].items() if count]:
+        yield f"cleaning: {', '.join(cleaned)}"
     for split, sizes in summary["splits"].items():
         fill = sizes["num_tokens"] / max(1, sizes["num_samples"] * data.max_length_tokens)
         yield (

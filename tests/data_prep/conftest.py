@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from support import REPOSITORY, run_command
 
 from data_prep.__main__ import main
 from data_prep.build import build
+from data_prep.cleaning import CleanSettings
 from data_prep.corpus import ReadSettings, find_sources, read_documents
+from data_prep.duplicates import DuplicateSettings
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.mixture import Corpus, read_mixture
 from data_prep.packing import Samples, assemble
@@ -99,7 +102,7 @@ def assemble_texts(tokenizer: Tokenizer) -> Callable[..., Samples]:
 
 @pytest.fixture(scope="session")
 def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
-    """`build` of paths or a mixture's file, without a progress bar; `settings`: ReadSettings and BuildParameters.
+    """`build` of paths or a mixture's file; `settings`: of all classes that have flags.
 
     Samples have 64 tokens and shards 128 samples, where `settings` does not say otherwise.
     """
@@ -110,13 +113,19 @@ def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
         *,
         workers: int = 1,
         tokenizer_path: Path = tokenizer.path,
+        bar: Callable[..., Any] | None = None,
         **settings: Any,
     ) -> bool:
-        reading = ReadSettings(**{k: settings.pop(k) for k in ("document_per", "text_field") if k in settings})
+        def of(cls: Any) -> Any:
+            return cls(**{field.name: settings.pop(field.name) for field in fields(cls) if field.name in settings})
+
+        reading, cleaning, duplicates = of(ReadSettings), of(CleanSettings), of(DuplicateSettings)
         parameters = BuildParameters(**{"max_length_tokens": 64, "shard_samples": 128, **settings})
         with LocalProcesses(workers) as processes:
             mixture = read_mixture(corpus, reading) if isinstance(corpus, Path) else [Corpus(corpus, reading)]
-            return build(mixture, tokenizer_path, folder, parameters, processes)
+            return build(
+                mixture, tokenizer_path, folder, parameters, processes, bar, cleaning=cleaning, duplicates=duplicates
+            )
 
     return run
 

@@ -105,7 +105,9 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     assert [source["name"] for source in manifest["sources"]] == [chapter.name for chapter in chapters[:9]]
     assert manifest["parameters"] == {
         "max_length_tokens": 64, "short_sample_probability": 0.0, "mask_sets": 2, "validation_fraction": 0.2,
-        "shard_samples": 128, "seed": 0,
+        "shard_samples": 128, "seed": 0, "unicode_form": "none", "drop_control_characters": False,
+        "min_document_characters": 0, "max_document_characters": None, "drop_duplicate_documents": False,
+        "near_duplicate_jaccard": None, "drop_duplicate_paragraphs": "none", "min_duplicate_characters": 50,
     }  # fmt: skip
     assert manifest["corpora"] == [{"name": "corpus", "document_per": "file", "text_field": "text", "epochs": 1.0}]
     documents = manifest["documents"]
@@ -129,6 +131,8 @@ def test_a_second_build_changes_nothing(data_folder: Path, chapters: list[Path],
         ({"short_sample_probability": 0.1}, "parameters"),
         ({"document_per": "blank_line"}, "corpora"),
         ({"text_field": "content"}, "corpora"),
+        ({"drop_control_characters": True}, "parameters"),
+        ({"drop_duplicate_documents": True}, "parameters"),
         ({"tokenizer_path": "other.model"}, "tokenizer"),
         ({"corpus": slice(0, 8)}, "sources"),
         ({"corpus": slice(8, None, -1)}, "sources"),
