@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pretrain.dropout import dropout
 from pretrain.layout import Layout, visible
 
 
@@ -73,25 +74,34 @@ def attention_rule(layout: Layout, relative_bias: RelativePositionBias | None) -
 
 
 def attend(
-    queries_BHSD: torch.Tensor, keys_BHSD: torch.Tensor, values_BHSD: torch.Tensor, rule: AttentionRule, dropout: float
+    queries_BHSD: torch.Tensor,
+    keys_BHSD: torch.Tensor,
+    values_BHSD: torch.Tensor,
+    rule: AttentionRule,
+    dropout_rate: float,
 ) -> torch.Tensor:
-    """Context vectors [B, H, S, D]; softmax in fp32, `dropout` on the attention probabilities."""
+    """Context vectors [B, H, S, D]; softmax in fp32, dropout on the attention probabilities."""
     length = rule.num_context
     queries_BHSD = queries_BHSD * queries_BHSD.shape[-1] ** -0.5
     context_BHLD = _attend(
         queries_BHSD[:, :, :length], keys_BHSD[:, :, :length], values_BHSD[:, :, :length],
-        rule.context_bias_HLL, rule.context_hidden_B11L, dropout,
+        rule.context_bias_HLL, rule.context_hidden_B11L, dropout_rate,
     )  # fmt: skip
     if queries_BHSD.shape[2] == length:
         return context_BHLD
     appended_BHAD = _attend(
-        queries_BHSD[:, :, length:], keys_BHSD, values_BHSD, rule.appended_bias_BHAS, rule.appended_hidden_B1AS, dropout
+        queries_BHSD[:, :, length:],
+        keys_BHSD,
+        values_BHSD,
+        rule.appended_bias_BHAS,
+        rule.appended_hidden_B1AS,
+        dropout_rate,
     )
     return torch.cat([context_BHLD, appended_BHAD], dim=2)
 
 
 def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, dropout: float
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, rate: float
 ) -> torch.Tensor:  # fmt: skip
     scores = queries @ keys.transpose(-1, -2)
     if bias is not None:
@@ -100,4 +110,4 @@ def _attend(
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
         values.dtype
     )
-    return F.dropout(probabilities, dropout, training=dropout > 0) @ values
+    return dropout(probabilities, rate) @ values

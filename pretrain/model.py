@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pretrain.attention import AttentionRule, RelativePositionBias, attend, attention_rule
+from pretrain.dropout import Dropout
 from pretrain.layout import Layout
 
 ModelSize = Literal["tiny", "small", "base", "large"]
@@ -172,7 +173,7 @@ class _Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(2, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, layout: Layout) -> torch.Tensor:
         vectors = (
@@ -253,7 +254,7 @@ class _AddAndNorm(_Dense):
     def __init__(self, size_in: int, config: PMLMConfig) -> None:
         super().__init__(size_in, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, vectors: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(self.dense(vectors)) + residual)  # type: ignore[no-any-return]

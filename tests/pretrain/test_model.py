@@ -113,7 +113,7 @@ def test_attention_against_a_loop_over_queries_and_visible_keys() -> None:
     num_slots = layout.ids_BS.shape[1]
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, num_slots, 8, dtype=torch.float64).unbind(0)
-    found = attend(q, k, v, attention_rule(layout, bias_module), dropout=0.0)
+    found = attend(q, k, v, attention_rule(layout, bias_module), dropout_rate=0.0)
     assert bias_module is not None
     for b in range(2):
         bias_HSS = bias_module(layout.positions_BS[b], layout.positions_BS[b])
