@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pretrain.attention import AttentionRule, RelativePositionBias, attend, attention_rule
+from pretrain.attention import Attention, AttentionBackend, RelativePositionBias, make_attention
 from pretrain.dropout import Dropout
 from pretrain.layout import Layout
 
@@ -90,10 +90,10 @@ class PretrainingLosses(NamedTuple):
 class PMLM(nn.Module):
     """A pseudo-masked language model."""
 
-    def __init__(self, config: PMLMConfig) -> None:
+    def __init__(self, config: PMLMConfig, attention: AttentionBackend = "auto") -> None:
         super().__init__()
         self.config = config
-        self.bert = _Bert(config)
+        self.bert = _Bert(config, attention)
         self.cls = _Heads(config, self.bert.embeddings.word_embeddings)
         self.apply(self._initialize)
 
@@ -157,10 +157,10 @@ def nvidia_apex_folder() -> Path | None:
 
 
 class _Bert(nn.Module):
-    def __init__(self, config: PMLMConfig) -> None:
+    def __init__(self, config: PMLMConfig, attention: AttentionBackend) -> None:
         super().__init__()
         self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
+        self.encoder = _Encoder(config, attention)
 
     def forward(self, layout: Layout) -> torch.Tensor:
         return self.encoder(self.embeddings(layout), layout)  # type: ignore[no-any-return]
@@ -185,8 +185,10 @@ class _Embeddings(nn.Module):
 
 
 class _Encoder(nn.Module):
-    def __init__(self, config: PMLMConfig) -> None:
+    def __init__(self, config: PMLMConfig, attention: AttentionBackend) -> None:
         super().__init__()
+        self.attention = attention
+        self.dropout = config.dropout
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
         self.rel_pos_bias = (
             RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance)
@@ -195,9 +197,10 @@ class _Encoder(nn.Module):
         )
 
     def forward(self, hidden_BSH: torch.Tensor, layout: Layout) -> torch.Tensor:
-        rule = attention_rule(layout, self.rel_pos_bias)
+        dropout_rate = self.dropout if self.training else 0.0
+        attention = make_attention(self.attention, layout, self.rel_pos_bias, dropout_rate)
         for layer in self.layer:
-            hidden_BSH = layer(hidden_BSH, rule)
+            hidden_BSH = layer(hidden_BSH, attention)
         return hidden_BSH
 
 
@@ -208,8 +211,8 @@ class _Layer(nn.Module):
         self.intermediate = _Dense(config.hidden_size, config.intermediate_size)
         self.output = _AddAndNorm(config.intermediate_size, config)
 
-    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
-        attended_BSH = self.attention(hidden_BSH, rule)
+    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
+        attended_BSH = self.attention(hidden_BSH, attention)
         return self.output(F.gelu(self.intermediate.dense(attended_BSH)), attended_BSH)  # type: ignore[no-any-return]
 
 
@@ -219,8 +222,8 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(config)
         self.output = _AddAndNorm(config.hidden_size, config)
 
-    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
-        return self.output(self.self(hidden_BSH, rule), hidden_BSH)  # type: ignore[no-any-return]
+    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
+        return self.output(self.self(hidden_BSH, attention), hidden_BSH)  # type: ignore[no-any-return]
 
 
 class _SelfAttention(nn.Module):
@@ -229,17 +232,14 @@ class _SelfAttention(nn.Module):
     def __init__(self, config: PMLMConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.dropout = config.dropout
         self.qkv_linear = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(hidden_BSH, self.qkv_linear.weight, bias)
-        queries, keys, values = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-2, -3).unbind(0)
-        attended_BHSD = attend(queries, keys, values, rule, self.dropout if self.training else 0.0)
-        return attended_BHSD.transpose(1, 2).flatten(2)
+        return attention(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(2)
 
 
 class _Dense(nn.Module):

@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, inputs: Inputs, console: IO[str]) -> None:
         self._inputs, self._config, self._console = inputs, inputs.config, console
         torch.manual_seed(self._config.seed)
-        model = PMLM(inputs.model)
+        model = PMLM(inputs.model, self._config.attention)
         is_built, _ = fused_adam_build()
         if not is_built and torch.distributed.get_rank() == 0:
             print("compiling DeepSpeed's fused Adam: about a minute, once on this machine", file=console, flush=True)
