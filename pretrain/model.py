@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pretrain.attention import Attention, AttentionBackend, RelativePositionBias, make_attention
+from pretrain.cross_entropy import cross_entropy_in_chunks
 from pretrain.dropout import Dropout
 from pretrain.layout import Layout
 
@@ -117,11 +118,11 @@ class PMLM(nn.Module):
         """Cross-entropy of the layout's targets, AE and PAR; the head runs on the predicted slots alone."""
         hidden = self.encode(layout).flatten(0, 1)
         slots = [s for s in (layout.ae_slots_T, layout.par_slots_T) if s is not None]
-        logits = self.predict(hidden.index_select(0, torch.cat(slots))).float()
-        targets = layout.targets_T.repeat(len(slots))
-        losses = F.cross_entropy(logits, targets, reduction="none").split(layout.num_targets)
-        correct = (logits.argmax(dim=-1) == targets).split(layout.num_targets)
-        zero = logits.new_zeros(())
+        losses, correct = self.cls.predictions.losses(
+            hidden.index_select(0, torch.cat(slots)), layout.targets_T.repeat(len(slots))
+        )
+        losses, correct = losses.split(layout.num_targets), correct.split(layout.num_targets)
+        zero = hidden.new_zeros(())
         has_ae, has_par = layout.ae_slots_T is not None, layout.par_slots_T is not None
         return PretrainingLosses(
             ae_sum=losses[0].sum() if has_ae else zero,
@@ -276,6 +277,10 @@ class _PredictionHead(nn.Module):
 
     def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         return F.linear(self.transform(hidden_TH), self.decoder.weight, self.bias)
+
+    def losses(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of each prediction, and whether it is right, without all their logits at a time."""
+        return cross_entropy_in_chunks(self.transform(hidden_TH), self.decoder.weight, self.bias, targets_T)
 
 
 class _Transform(_Dense):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from memory import LargestTensor
 from support import MASK, VOCAB_SIZE, random_batch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.attention import AttentionBackend, RelativePositionBias, make_attention
 from pretrain.attention_flex import mask_mod, score_mod
@@ -123,23 +122,6 @@ class _Whole(torch.nn.Module):
         return make_attention("cpu", self.layout, self.bias, 0.2)(qkv)
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes, booleans counted apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = {True: 0, False: 0}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                is_bool = tensor.dtype == torch.bool
-                storage = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.elements[is_bool] = max(self.elements[is_bool], storage)
-        return result
-
-
 def test_cpu_never_holds_the_scores_of_more_than_a_sample_nor_booleans_for_each_head() -> None:
     layout = pseudo_masked_layout(random_batch(8, min_length=40), Objective.AE_PAR, mask_id=MASK)
     num_slots = layout.ids_BS.shape[1]
@@ -148,16 +130,17 @@ def test_cpu_never_holds_the_scores_of_more_than_a_sample_nor_booleans_for_each_
     torch.nn.init.normal_(bias.weight)
     attend = make_attention("cpu", layout, bias, 0.1)
     qkv = torch.randn(8, num_slots, 3, 16, 1, requires_grad=True)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         attend(qkv).sum().backward()
     of_a_batch = 8 * 16 * num_appended * num_slots  # the appended rows' bias and its gradient
-    assert largest.elements[False] <= of_a_batch < 8 * 16 * layout.num_context**2
-    with _LargestTensor() as largest:
+    assert largest.num_elements <= of_a_batch < 8 * 16 * layout.num_context**2
+    with LargestTensor() as largest:
         make_attention("cpu", layout, bias, 0.1)
-    assert largest.elements[True] <= 8 * num_appended * num_slots
+    assert largest.num_bools <= 8 * num_appended * num_slots
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()  # on CPU FlexAttention has no backward pass
 def test_flex_equals_the_reference_in_value(layout: Layout) -> None:
     bias, qkv = make_bias(), torch.randn(*layout.ids_BS.shape, 3, HEADS, HEAD_SIZE)
