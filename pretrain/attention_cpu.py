@@ -45,6 +45,7 @@ class CpuAttention:
             )
             self._appended_bias_BHAS = bias.masked_fill(appended_hidden(layout), -math.inf)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over samples, with numba in it
     def __call__(self, qkv_BS3HD: torch.Tensor) -> torch.Tensor:
         """See Attention."""
         appended_bias = self._appended_bias_BHAS

@@ -137,15 +137,17 @@ class Share:
 class TrainingBatches:
     """The micro batches of any step of the run, for one rank."""
 
-    def __init__(self, data: DataSet, objective: Objective, share: Share, seed: int) -> None:
-        """Raises ValueError if the data set has no training samples."""
+    def __init__(
+        self, data: DataSet, objective: Objective, share: Share, seed: int, *, one_shape: bool = False
+    ) -> None:
+        """`one_shape` as in `pseudo_masked_layout`. Raises ValueError if the data set has no training samples."""
         if not data.num_samples("train"):
             raise ValueError(f"{data.folder}: has no training samples")
         self._order = SampleOrder(data.num_samples("train"), seed)
         self._chunks = _Chunks(data, "train")
         self._num_mask_sets = data.num_mask_sets
         self._mask_id = data.tokenizer.mask_id
-        self._objective, self._share = objective, share
+        self._objective, self._share, self._one_shape = objective, share, one_shape
 
     def step(self, samples_consumed: int) -> list[Layout]:
         """The rank's micro batches of the step that begins after `samples_consumed` samples of the run."""
@@ -156,11 +158,15 @@ class TrainingBatches:
             )
             epochs, samples = self._order.samples(first, first + self._share.micro_batch)
             batch = self._chunks.read(samples, epochs % self._num_mask_sets)
-            layouts.append(pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id))
+            layouts.append(
+                pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id, one_shape=self._one_shape)
+            )
         return layouts
 
 
-def validation_batches(data: DataSet, objective: Objective, share: Share, max_samples: int) -> list[Layout]:
+def validation_batches(
+    data: DataSet, objective: Objective, share: Share, max_samples: int, *, one_shape: bool = False
+) -> list[Layout]:
     """The rank's micro batches of the first `max_samples` validation samples, with mask set 0; may be empty."""
     num_samples = min(max_samples, data.num_samples("validation"))
     chunks = _Chunks(data, "validation")
@@ -168,5 +174,5 @@ def validation_batches(data: DataSet, objective: Objective, share: Share, max_sa
     for first in range(share.rank * share.micro_batch, num_samples, share.world_size * share.micro_batch):
         samples = np.arange(first, min(first + share.micro_batch, num_samples))
         batch = chunks.read(samples, np.zeros_like(samples))
-        layouts.append(pseudo_masked_layout(batch, objective, mask_id=data.tokenizer.mask_id))
+        layouts.append(pseudo_masked_layout(batch, objective, mask_id=data.tokenizer.mask_id, one_shape=one_shape))
     return layouts

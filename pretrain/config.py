@@ -31,6 +31,10 @@ class RunConfig:
     attention: AttentionBackend = "auto"
     """How attention is computed, with the same result: auto is cpu on a CPU, and on CUDA flex where --dropout is 0 (it
     cannot drop attention probabilities), else reference."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input alone and compute the rest again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the layers with torch.compile: minutes at the start; batches are padded to one shape."""
     max_steps: int | None = None
     """Stop after this optimizer step, counted from the run's start; by default the schedule's total_num_steps."""
     seed: int = 0

@@ -106,12 +106,17 @@ class Layout:
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
-def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: int) -> Layout:
-    """The layout of pre-training. A pseudo mask is the mask id (as in the released models): its row sets it apart."""
+def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: int, one_shape: bool = False) -> Layout:
+    """The layout of pre-training. A pseudo mask is the mask id (as in the released models): its row sets it apart.
+
+    `one_shape` pads to the longest sample that the data set may hold, not to that of the batch.
+    """
     batch = batch.as_int64()
     num_context = -(-int(batch.length_B.max()) // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
     num_context = min(num_context, batch.tokens_BL.shape[1])
     num_masked = int(batch.num_masked_B.max())
+    if one_shape:
+        num_context, num_masked = batch.tokens_BL.shape[1], batch.positions_BP.shape[1]
     tokens_BL = batch.tokens_BL[:, :num_context]
     positions_BP, turns_BP = batch.positions_BP[:, :num_masked], batch.turns_BP[:, :num_masked]
     is_masked_BP = np.arange(num_masked) < batch.num_masked_B[:, None]

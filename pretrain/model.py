@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.attention import Attention, AttentionBackend, RelativePositionBias, make_attention
 from pretrain.cross_entropy import cross_entropy_in_chunks
@@ -91,10 +92,14 @@ class PretrainingLosses(NamedTuple):
 class PMLM(nn.Module):
     """A pseudo-masked language model."""
 
-    def __init__(self, config: PMLMConfig, attention: AttentionBackend = "auto") -> None:
+    def __init__(
+        self, config: PMLMConfig, attention: AttentionBackend = "auto", activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        self.bert = _Bert(config, attention)
+        self.bert = _Bert(config)
+        self.bert.encoder.attention = attention
+        self.bert.encoder.activation_checkpointing = activation_checkpointing
         self.cls = _Heads(config, self.bert.embeddings.word_embeddings)
         self.apply(self._initialize)
 
@@ -103,6 +108,11 @@ class PMLM(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def compile_layers(self) -> None:
+        """Have torch compile a layer at its first use; all layers share the code, for each shape of batch its own."""
+        for layer in self.bert.encoder.layer:
+            layer.compile(dynamic=False)
 
     def encode(self, layout: Layout) -> torch.Tensor:
         """The last layer's vectors of all slots, [B, S, H]."""
@@ -158,10 +168,10 @@ def nvidia_apex_folder() -> Path | None:
 
 
 class _Bert(nn.Module):
-    def __init__(self, config: PMLMConfig, attention: AttentionBackend) -> None:
+    def __init__(self, config: PMLMConfig) -> None:
         super().__init__()
         self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config, attention)
+        self.encoder = _Encoder(config)
 
     def forward(self, layout: Layout) -> torch.Tensor:
         return self.encoder(self.embeddings(layout), layout)  # type: ignore[no-any-return]
@@ -186,9 +196,11 @@ class _Embeddings(nn.Module):
 
 
 class _Encoder(nn.Module):
-    def __init__(self, config: PMLMConfig, attention: AttentionBackend) -> None:
+    attention: AttentionBackend
+    activation_checkpointing: bool
+
+    def __init__(self, config: PMLMConfig) -> None:
         super().__init__()
-        self.attention = attention
         self.dropout = config.dropout
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
         self.rel_pos_bias = (
@@ -201,7 +213,10 @@ class _Encoder(nn.Module):
         dropout_rate = self.dropout if self.training else 0.0
         attention = make_attention(self.attention, layout, self.rel_pos_bias, dropout_rate)
         for layer in self.layer:
-            hidden_BSH = layer(hidden_BSH, attention)
+            if self.activation_checkpointing and self.training:
+                hidden_BSH = checkpoint(layer, hidden_BSH, attention, use_reentrant=False)
+            else:
+                hidden_BSH = layer(hidden_BSH, attention)
         return hidden_BSH
 
 

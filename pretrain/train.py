@@ -39,7 +39,9 @@ class Trainer:
     def __init__(self, inputs: Inputs, console: IO[str]) -> None:
         self._inputs, self._config, self._console = inputs, inputs.config, console
         torch.manual_seed(self._config.seed)
-        model = PMLM(inputs.model, self._config.attention)
+        model = PMLM(inputs.model, self._config.attention, self._config.activation_checkpointing)
+        if self._config.compile:
+            model.compile_layers()
         is_built, _ = fused_adam_build()
         if not is_built and torch.distributed.get_rank() == 0:
             print("compiling DeepSpeed's fused Adam: about a minute, once on this machine", file=console, flush=True)
@@ -58,7 +60,9 @@ class Trainer:
             inputs.batch_sizes.micro_batch,
             inputs.batch_sizes.accumulation_steps,
         )
-        self._batches = TrainingBatches(inputs.data, self._config.objective, self._share, self._config.seed)
+        self._batches = TrainingBatches(
+            inputs.data, self._config.objective, self._share, self._config.seed, one_shape=self._config.compile
+        )
         self._metrics = Metrics(self._config.run, self._engine.steps) if self._is_main else None
         if self._is_main:  # `export` needs it when the data set may be elsewhere
             tokenizer = inputs.data.tokenizer
@@ -146,8 +150,9 @@ class Trainer:
             return
         self._engine.train(False)
         batches = validation_batches(
-            self._inputs.data, self._config.objective, self._share, self._config.validation_samples
-        )
+            self._inputs.data, self._config.objective, self._share, self._config.validation_samples,
+            one_shape=self._config.compile,
+        )  # fmt: skip
         sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
         with progress_bar(
             "validate", len(batches), "batch", stream=self._console, is_shown=self._is_main, is_lasting=False
