@@ -8,8 +8,11 @@ micro batch, nor restarts, and the only state is the number of samples consumed.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +22,8 @@ from pretrain.layout import Layout, Objective, pseudo_masked_layout
 
 WINDOW_CHUNKS = 64
 _FEISTEL_ROUNDS = 6
+_STEPS_AHEAD = 2
+_T = TypeVar("_T")
 
 
 class SampleOrder:
@@ -162,6 +167,46 @@ class TrainingBatches:
                 pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id, one_shape=self._one_shape)
             )
         return layouts
+
+
+class BatchesAhead:
+    """Builds the coming steps' micro batches in a thread while a step is computed.
+
+    What a step gets is TrainingBatches' alone to decide, so this changes nothing but when it is there. The thread is the
+    only one that reads the data set, as HDF5 files are no place for two: validation reads through `call`.
+    """
+
+    def __init__(self, batches: TrainingBatches, first: int, stop: int, train_batch: int, *, is_pinned: bool) -> None:
+        """From the step after `first` samples of the run to the last before `stop`; `is_pinned`: for copies to a GPU."""
+        self._batches, self._is_pinned = batches, is_pinned
+        self._starts = iter(range(first, stop, train_batch))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._coming: deque[Future[list[Layout]]] = deque()
+        for _ in range(_STEPS_AHEAD):
+            self._build_another()
+
+    def next_step(self) -> list[Layout]:
+        """The rank's micro batches of the next step; raises what reading them raised."""
+        coming = self._coming.popleft()
+        self._build_another()
+        return coming.result()
+
+    def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """The result of a function that reads the data set."""
+        return self._thread.submit(function, *args, **kwargs).result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _build_another(self) -> None:
+        start = next(self._starts, None)
+        if start is not None:
+            self._coming.append(self._thread.submit(self._build, start))
+
+    def _build(self, samples_consumed: int) -> list[Layout]:
+        layouts = self._batches.step(samples_consumed)
+        return [layout.pinned() for layout in layouts] if self._is_pinned else layouts
 
 
 def validation_batches(

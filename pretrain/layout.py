@@ -29,6 +29,7 @@ Shapes: B samples, L context slots, P masked tokens, S = L + 2P slots (S = L whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -101,9 +102,16 @@ class Layout:
         return len(self.targets_T)
 
     def to(self, device: torch.device) -> Layout:
-        """The same layout on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        """The same layout on a device; from pinned memory, the copy goes on while the host does."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Layout:
+        """The same layout in pinned memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Layout:
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: int, one_shape: bool = False) -> Layout:
