@@ -56,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_losses_T: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         hidden_TH, weight_VH, bias_V, targets_T, log_sums_T = ctx.saved_tensors
         d_hidden_TH = torch.empty_like(hidden_TH)
-        d_weight_VH, d_bias_V = torch.empty_like(weight_VH), torch.zeros_like(bias_V, dtype=log_sums_T.dtype)
+        d_weight_VH, d_bias_V = torch.zeros_like(weight_VH), torch.zeros_like(bias_V, dtype=log_sums_T.dtype)
         for part in _chunks(len(hidden_TH), ctx.chunk):
             d_logits_CV = _logits(hidden_TH[part], weight_VH, bias_V).sub_(log_sums_T[part, None]).exp_()
             d_logits_CV.scatter_add_(1, targets_T[part, None], -torch.ones_like(log_sums_T[part, None]))
@@ -64,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_bias_V += d_logits_CV.sum(dim=0)
             d_logits_CV = d_logits_CV.to(hidden_TH.dtype)
             torch.mm(d_logits_CV, weight_VH, out=d_hidden_TH[part])
-            d_weight_VH.addmm_(d_logits_CV.mT, hidden_TH[part], beta=int(part.start > 0))  # the first one writes
+            d_weight_VH.addmm_(d_logits_CV.mT, hidden_TH[part])
         return d_hidden_TH, d_weight_VH, d_bias_V.to(bias_V.dtype), None, None
 
 

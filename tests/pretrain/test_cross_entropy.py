@@ -46,6 +46,13 @@ def test_large_logits_do_not_overflow() -> None:
     torch.testing.assert_close(losses, F.cross_entropy(hidden * 1e4 @ weight.T + bias, targets, reduction="none"))
 
 
+def test_nothing_to_predict_has_no_gradient() -> None:
+    hidden, weight, bias, targets = made_up(0, torch.float32)
+    losses, is_correct = cross_entropy_in_chunks(hidden, weight, bias, targets)
+    assert len(losses) == len(is_correct) == 0
+    assert all(not g.any() for g in torch.autograd.grad(losses.sum(), (hidden, weight, bias)))
+
+
 def test_the_tied_embedding_gets_both_gradients() -> None:
     """Through the whole model, against the same model with the plain output layer."""
     torch.manual_seed(0)
