@@ -420,6 +420,9 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         )
     lengths.set(title="Time against length", xlabel="tokens of a sample", ylabel="ms per token", xscale="log")
     memory.set(title="Memory against micro batch", xlabel="samples", ylabel="peak, MB")
+    tokens = [m["setting"]["length_tokens"] for m in result["time_against_length"]]
+    lengths.set_xticks(tokens, [str(t) for t in tokens])
+    lengths.minorticks_off()
     for axes in (lengths, memory):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
