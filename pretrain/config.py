@@ -32,7 +32,7 @@ class RunConfig:
     """How attention is computed, with the same result: auto is cpu on a CPU, and on CUDA flex where --dropout is 0 (it
     cannot drop attention probabilities), else reference."""
     activation_checkpointing: bool = False
-    """Keep each layer's input alone and compute the rest again in the backward pass: less memory, a third more time."""
+    """Keep each layer's input alone and compute the rest again in the backward pass: less memory, more time."""
     compile: bool = False
     """Compile the layers with torch.compile: minutes at the start; batches are padded to one shape."""
     max_steps: int | None = None
