@@ -1,4 +1,7 @@
-"""Attention over a layout: the plain reference, and the relative position bias.
+"""Attention over a layout: the interface, the relative position bias, and the plain reference.
+
+The model takes a layout's turns and roles; a backend makes of them, once a forward pass, what all layers need. Backends
+agree in value and gradient: `reference` below, `attention_cpu.py`, `attention_flex.py` (FlexAttention, for CUDA).
 
 Shapes: B samples, H heads, S = L context + A appended slots, D = size of a head.
 """
@@ -6,13 +9,47 @@ Shapes: B samples, H heads, S = L context + A appended slots, D = size of a head
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pretrain.dropout import dropout
 from pretrain.layout import Layout, visible
+
+AttentionBackend = Literal["auto", "reference", "cpu", "flex"]
+
+
+class Attention(Protocol):
+    """A backend, made for one forward pass of a batch; every layer calls it."""
+
+    def __call__(self, qkv_BS3HD: torch.Tensor) -> torch.Tensor:
+        """Context vectors [B, S, H, D] from queries, keys and values."""
+
+
+def make_attention(
+    backend: AttentionBackend, layout: Layout, relative_bias: RelativePositionBias | None, dropout_rate: float
+) -> Attention:
+    """The attention of a batch, with dropout on its probabilities.
+
+    `auto` is `cpu` on a CPU; on CUDA `flex` where nothing is dropped, which flex cannot do, else `reference`.
+    Raises ValueError for a backend that does not exist or cannot do it.
+    """
+    if backend == "auto":
+        is_cuda = layout.ids_BS.is_cuda
+        backend = "cpu" if not is_cuda else "reference" if dropout_rate else "flex"
+    if backend == "cpu":
+        from pretrain.attention_cpu import CpuAttention
+
+        return CpuAttention(layout, relative_bias, dropout_rate)
+    if backend == "flex":
+        from pretrain.attention_flex import FlexAttention
+
+        return FlexAttention(layout, relative_bias, dropout_rate)
+    if backend == "reference":
+        return ReferenceAttention(layout, relative_bias, dropout_rate)
+    raise ValueError(f"no attention {backend!r}; expected one of {', '.join(get_args(AttentionBackend))}")
 
 
 def relative_position_bucket(distance: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:
@@ -38,66 +75,62 @@ class RelativePositionBias(nn.Module):
         self.max_distance = max_distance
 
     def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-        """[.., Q] and [.., K] to the scores' bias [.., H, Q, K]."""
+        """[.., Q] and [.., K] to the scores' bias [.., H, Q, K], in the weight's precision.
+
+        Looked up in fp32 at least, so that the gradient of a bucket, a sum over a whole batch, is summed in it.
+        """
         distance = key_positions[..., None, :] - query_positions[..., :, None]
-        bucket = relative_position_bucket(distance, self.weight.shape[1], self.max_distance)
-        return F.embedding(bucket, self.weight.t()).movedim(-1, -3)
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return F.embedding(self.bucket(distance), weight.t()).to(self.weight.dtype).movedim(-1, -3).contiguous()
+
+    def bucket(self, distance: torch.Tensor) -> torch.Tensor:
+        """The bucket of each (key position - query position)."""
+        far = self.max_distance
+        all_distances = torch.arange(-far, far + 1, device=distance.device)
+        return relative_position_bucket(all_distances, self.weight.shape[1], far)[distance.clamp(-far, far) + far]
 
 
-@dataclass(frozen=True)
-class AttentionRule:
-    """What the scores get added, for all layers of a forward pass; the context rows know no appended column."""
+class ReferenceAttention:
+    """Attention as one would write it down; the context rows know no appended column."""
 
-    num_context: int
-    context_bias_HLL: torch.Tensor | None
-    context_hidden_B11L: torch.Tensor
-    appended_bias_BHAS: torch.Tensor | None
-    appended_hidden_B1AS: torch.Tensor
+    def __init__(self, layout: Layout, relative_bias: RelativePositionBias | None, dropout_rate: float) -> None:
+        self._num_context = length = layout.num_context
+        self._dropout_rate = dropout_rate
+        turns_BS, positions_BS = layout.turns_BS, layout.positions_BS
+        context_positions_L = positions_BS[0, :length]  # the same in every sample: slot = position
+        self._context_hidden_B11L = turns_BS[:, None, None, :length] != 0
+        self._context_bias_HLL = relative_bias(context_positions_L, context_positions_L) if relative_bias else None
+        self._appended_hidden_B1AS = appended_hidden(layout)
+        self._appended_bias_BHAS = relative_bias(positions_BS[:, length:], positions_BS) if relative_bias else None
 
+    def __call__(self, qkv_BS3HD: torch.Tensor) -> torch.Tensor:
+        """See Attention; the softmax is in fp32."""
+        length = self._num_context
+        queries_BHSD, keys_BHSD, values_BHSD = qkv_BS3HD.transpose(1, 3).unbind(2)
+        context_BHLD = self._attend(
+            queries_BHSD[:, :, :length], keys_BHSD[:, :, :length], values_BHSD[:, :, :length],
+            self._context_bias_HLL, self._context_hidden_B11L,
+        )  # fmt: skip
+        if qkv_BS3HD.shape[1] == length:
+            return context_BHLD.transpose(1, 2)
+        appended_BHAD = self._attend(
+            queries_BHSD[:, :, length:], keys_BHSD, values_BHSD, self._appended_bias_BHAS, self._appended_hidden_B1AS
+        )
+        return torch.cat([context_BHLD, appended_BHAD], dim=2).transpose(1, 2)
 
-def attention_rule(layout: Layout, relative_bias: RelativePositionBias | None) -> AttentionRule:
-    """The layout's rule as masks, and its positions as biases."""
-    length = layout.num_context
-    turns_BS, roles_S, positions_BS = layout.turns_BS, layout.roles_S, layout.positions_BS
-    appended_visible_BAS = visible(
-        roles_S[length:, None], turns_BS[:, length:, None], roles_S[None, :], turns_BS[:, None, :]
-    )
-    context_positions_L = positions_BS[0, :length]  # the same in every sample: slot = position
-    return AttentionRule(
-        num_context=length,
-        context_bias_HLL=relative_bias(context_positions_L, context_positions_L) if relative_bias else None,
-        context_hidden_B11L=(turns_BS[:, None, None, :length] != 0),
-        appended_bias_BHAS=relative_bias(positions_BS[:, length:], positions_BS) if relative_bias else None,
-        appended_hidden_B1AS=~appended_visible_BAS[:, None],
-    )
-
-
-def attend(
-    queries_BHSD: torch.Tensor, keys_BHSD: torch.Tensor, values_BHSD: torch.Tensor, rule: AttentionRule, dropout: float
-) -> torch.Tensor:
-    """Context vectors [B, H, S, D]; softmax in fp32, `dropout` on the attention probabilities."""
-    length = rule.num_context
-    queries_BHSD = queries_BHSD * queries_BHSD.shape[-1] ** -0.5
-    context_BHLD = _attend(
-        queries_BHSD[:, :, :length], keys_BHSD[:, :, :length], values_BHSD[:, :, :length],
-        rule.context_bias_HLL, rule.context_hidden_B11L, dropout,
-    )  # fmt: skip
-    if queries_BHSD.shape[2] == length:
-        return context_BHLD
-    appended_BHAD = _attend(
-        queries_BHSD[:, :, length:], keys_BHSD, values_BHSD, rule.appended_bias_BHAS, rule.appended_hidden_B1AS, dropout
-    )
-    return torch.cat([context_BHLD, appended_BHAD], dim=2)
+    def _attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias
+        scores = scores.masked_fill(hidden, -math.inf)  # never a whole row: every slot sees the context
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        return dropout(probabilities.to(values.dtype), self._dropout_rate) @ values
 
 
-def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, dropout: float
-) -> torch.Tensor:  # fmt: skip
-    scores = queries @ keys.transpose(-1, -2)
-    if bias is not None:
-        scores = scores + bias
-    scores = scores.masked_fill(hidden, -math.inf)  # never a whole row: every slot sees the context
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
-        values.dtype
-    )
-    return F.dropout(probabilities, dropout, training=dropout > 0) @ values
+def appended_hidden(layout: Layout) -> torch.Tensor:
+    """Which slots each appended slot may not see, bool [B, 1, A, S]."""
+    length, roles_S, turns_BS = layout.num_context, layout.roles_S, layout.turns_BS
+    is_visible = visible(roles_S[length:, None], turns_BS[:, length:, None], roles_S, turns_BS[:, None, :])
+    return torch.logical_not(is_visible)[:, None]

@@ -8,8 +8,11 @@ micro batch, nor restarts, and the only state is the number of samples consumed.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +22,8 @@ from pretrain.layout import Layout, Objective, pseudo_masked_layout
 
 WINDOW_CHUNKS = 64
 _FEISTEL_ROUNDS = 6
+_STEPS_AHEAD = 2
+_T = TypeVar("_T")
 
 
 class SampleOrder:
@@ -137,15 +142,17 @@ class Share:
 class TrainingBatches:
     """The micro batches of any step of the run, for one rank."""
 
-    def __init__(self, data: DataSet, objective: Objective, share: Share, seed: int) -> None:
-        """Raises ValueError if the data set has no training samples."""
+    def __init__(
+        self, data: DataSet, objective: Objective, share: Share, seed: int, *, one_shape: bool = False
+    ) -> None:
+        """`one_shape` as in `pseudo_masked_layout`. Raises ValueError if the data set has no training samples."""
         if not data.num_samples("train"):
             raise ValueError(f"{data.folder}: has no training samples")
         self._order = SampleOrder(data.num_samples("train"), seed)
         self._chunks = _Chunks(data, "train")
         self._num_mask_sets = data.num_mask_sets
         self._mask_id = data.tokenizer.mask_id
-        self._objective, self._share = objective, share
+        self._objective, self._share, self._one_shape = objective, share, one_shape
 
     def step(self, samples_consumed: int) -> list[Layout]:
         """The rank's micro batches of the step that begins after `samples_consumed` samples of the run."""
@@ -156,11 +163,55 @@ class TrainingBatches:
             )
             epochs, samples = self._order.samples(first, first + self._share.micro_batch)
             batch = self._chunks.read(samples, epochs % self._num_mask_sets)
-            layouts.append(pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id))
+            layouts.append(
+                pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id, one_shape=self._one_shape)
+            )
         return layouts
 
 
-def validation_batches(data: DataSet, objective: Objective, share: Share, max_samples: int) -> list[Layout]:
+class BatchesAhead:
+    """Builds the coming steps' micro batches in a thread while a step is computed.
+
+    What a step gets is TrainingBatches' alone to decide, so this changes nothing but when it is there. The thread is the
+    only one that reads the data set, as HDF5 files are no place for two: validation reads through `call`.
+    """
+
+    def __init__(self, batches: TrainingBatches, first: int, stop: int, train_batch: int, *, is_pinned: bool) -> None:
+        """From the step after `first` samples of the run to the last before `stop`; `is_pinned`: for copies to a GPU."""
+        self._batches, self._is_pinned = batches, is_pinned
+        self._starts = iter(range(first, stop, train_batch))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._coming: deque[Future[list[Layout]]] = deque()
+        for _ in range(_STEPS_AHEAD):
+            self._build_another()
+
+    def next_step(self) -> list[Layout]:
+        """The rank's micro batches of the next step; raises what reading them raised."""
+        coming = self._coming.popleft()
+        self._build_another()
+        return coming.result()
+
+    def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """The result of a function that reads the data set."""
+        return self._thread.submit(function, *args, **kwargs).result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _build_another(self) -> None:
+        start = next(self._starts, None)
+        if start is not None:
+            self._coming.append(self._thread.submit(self._build, start))
+
+    def _build(self, samples_consumed: int) -> list[Layout]:
+        layouts = self._batches.step(samples_consumed)
+        return [layout.pinned() for layout in layouts] if self._is_pinned else layouts
+
+
+def validation_batches(
+    data: DataSet, objective: Objective, share: Share, max_samples: int, *, one_shape: bool = False
+) -> list[Layout]:
     """The rank's micro batches of the first `max_samples` validation samples, with mask set 0; may be empty."""
     num_samples = min(max_samples, data.num_samples("validation"))
     chunks = _Chunks(data, "validation")
@@ -168,5 +219,5 @@ def validation_batches(data: DataSet, objective: Objective, share: Share, max_sa
     for first in range(share.rank * share.micro_batch, num_samples, share.world_size * share.micro_batch):
         samples = np.arange(first, min(first + share.micro_batch, num_samples))
         batch = chunks.read(samples, np.zeros_like(samples))
-        layouts.append(pseudo_masked_layout(batch, objective, mask_id=data.tokenizer.mask_id))
+        layouts.append(pseudo_masked_layout(batch, objective, mask_id=data.tokenizer.mask_id, one_shape=one_shape))
     return layouts

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.console import ArgumentParser, add_flags, describe_error, flag_values
 from data_prep.shards import DataSet
+from pretrain.attention import AttentionBackend
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Objective
 from pretrain.model import ModelSize, PMLMConfig
@@ -27,6 +28,13 @@ class RunConfig:
     """Size of the model; the numbers below replace single ones of its."""
     objective: Objective = Objective.AE_PAR
     """What is trained: autoencoding, (partially) autoregressive prediction, or both."""
+    attention: AttentionBackend = "auto"
+    """How attention is computed, with the same result: auto is cpu on a CPU, and on CUDA flex where --dropout is 0 (it
+    cannot drop attention probabilities), else reference."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input alone and compute the rest again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the layers with torch.compile: minutes at the start; batches are padded to one shape."""
     max_steps: int | None = None
     """Stop after this optimizer step, counted from the run's start; by default the schedule's total_num_steps."""
     seed: int = 0
@@ -105,6 +113,11 @@ def check_inputs(args: Any, world_size: int) -> Inputs:
         faults.append(
             f"{args.data}: samples have up to {data.max_length_tokens} tokens and the model {model.max_positions} positions; "
             f"pass --max_positions {data.max_length_tokens}"
+        )
+    if config and model and config.attention == "flex" and model.dropout:
+        faults.append(
+            f"--attention flex cannot drop attention probabilities, and dropout is {model.dropout}; "
+            "pass --dropout 0 or another --attention"
         )
     total_steps = None
     if deepspeed:

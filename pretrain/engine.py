@@ -40,6 +40,7 @@ def init_distributed() -> None:
     scripts = str(Path(sys.executable).parent)  # ninja's, where ssh brought no environment along
     os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if get_accelerator().device_name() == "cpu":
+        torch.set_flush_denormal(True)  # before there are other threads; products of denormals take many times longer
         # Its shared-memory collectives take a minute to compile and leak 69 MB of /dev/shm a rank, for the same bits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if local_size == world_size:  # gloo hangs where the host's name means 127.0.1.1, as on Debian

@@ -29,6 +29,7 @@ Shapes: B samples, L context slots, P masked tokens, S = L + 2P slots (S = L whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -101,17 +102,29 @@ class Layout:
         return len(self.targets_T)
 
     def to(self, device: torch.device) -> Layout:
-        """The same layout on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        """The same layout on a device; from pinned memory, the copy goes on while the host does."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Layout:
+        """The same layout in pinned memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Layout:
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
 
-def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: int) -> Layout:
-    """The layout of pre-training. A pseudo mask is the mask id (as in the released models): its row sets it apart."""
+def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: int, one_shape: bool = False) -> Layout:
+    """The layout of pre-training. A pseudo mask is the mask id (as in the released models): its row sets it apart.
+
+    `one_shape` pads to the longest sample that the data set may hold, not to that of the batch.
+    """
     batch = batch.as_int64()
     num_context = -(-int(batch.length_B.max()) // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
     num_context = min(num_context, batch.tokens_BL.shape[1])
     num_masked = int(batch.num_masked_B.max())
+    if one_shape:
+        num_context, num_masked = batch.tokens_BL.shape[1], batch.positions_BP.shape[1]
     tokens_BL = batch.tokens_BL[:, :num_context]
     positions_BP, turns_BP = batch.positions_BP[:, :num_masked], batch.turns_BP[:, :num_masked]
     is_masked_BP = np.arange(num_masked) < batch.num_masked_B[:, None]

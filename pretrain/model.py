@@ -15,8 +15,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from pretrain.attention import AttentionRule, RelativePositionBias, attend, attention_rule
+from pretrain.attention import Attention, AttentionBackend, RelativePositionBias, make_attention
+from pretrain.cross_entropy import cross_entropy_in_chunks
+from pretrain.dropout import Dropout
 from pretrain.layout import Layout
 
 ModelSize = Literal["tiny", "small", "base", "large"]
@@ -89,10 +92,14 @@ class PretrainingLosses(NamedTuple):
 class PMLM(nn.Module):
     """A pseudo-masked language model."""
 
-    def __init__(self, config: PMLMConfig) -> None:
+    def __init__(
+        self, config: PMLMConfig, attention: AttentionBackend = "auto", activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.bert = _Bert(config)
+        self.bert.encoder.attention = attention
+        self.bert.encoder.activation_checkpointing = activation_checkpointing
         self.cls = _Heads(config, self.bert.embeddings.word_embeddings)
         self.apply(self._initialize)
 
@@ -101,6 +108,11 @@ class PMLM(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def compile_layers(self) -> None:
+        """Have torch compile a layer at its first use; all layers share the code, for each shape of batch its own."""
+        for layer in self.bert.encoder.layer:
+            layer.compile(dynamic=False)
 
     def encode(self, layout: Layout) -> torch.Tensor:
         """The last layer's vectors of all slots, [B, S, H]."""
@@ -116,11 +128,11 @@ class PMLM(nn.Module):
         """Cross-entropy of the layout's targets, AE and PAR; the head runs on the predicted slots alone."""
         hidden = self.encode(layout).flatten(0, 1)
         slots = [s for s in (layout.ae_slots_T, layout.par_slots_T) if s is not None]
-        logits = self.predict(hidden.index_select(0, torch.cat(slots))).float()
-        targets = layout.targets_T.repeat(len(slots))
-        losses = F.cross_entropy(logits, targets, reduction="none").split(layout.num_targets)
-        correct = (logits.argmax(dim=-1) == targets).split(layout.num_targets)
-        zero = logits.new_zeros(())
+        losses, correct = self.cls.predictions.losses(
+            hidden.index_select(0, torch.cat(slots)), layout.targets_T.repeat(len(slots))
+        )
+        losses, correct = losses.split(layout.num_targets), correct.split(layout.num_targets)
+        zero = hidden.new_zeros(())
         has_ae, has_par = layout.ae_slots_T is not None, layout.par_slots_T is not None
         return PretrainingLosses(
             ae_sum=losses[0].sum() if has_ae else zero,
@@ -172,7 +184,7 @@ class _Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(2, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, layout: Layout) -> torch.Tensor:
         vectors = (
@@ -184,8 +196,12 @@ class _Embeddings(nn.Module):
 
 
 class _Encoder(nn.Module):
+    attention: AttentionBackend
+    activation_checkpointing: bool
+
     def __init__(self, config: PMLMConfig) -> None:
         super().__init__()
+        self.dropout = config.dropout
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
         self.rel_pos_bias = (
             RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance)
@@ -194,9 +210,13 @@ class _Encoder(nn.Module):
         )
 
     def forward(self, hidden_BSH: torch.Tensor, layout: Layout) -> torch.Tensor:
-        rule = attention_rule(layout, self.rel_pos_bias)
+        dropout_rate = self.dropout if self.training else 0.0
+        attention = make_attention(self.attention, layout, self.rel_pos_bias, dropout_rate)
         for layer in self.layer:
-            hidden_BSH = layer(hidden_BSH, rule)
+            if self.activation_checkpointing and self.training:
+                hidden_BSH = checkpoint(layer, hidden_BSH, attention, use_reentrant=False)
+            else:
+                hidden_BSH = layer(hidden_BSH, attention)
         return hidden_BSH
 
 
@@ -207,8 +227,8 @@ class _Layer(nn.Module):
         self.intermediate = _Dense(config.hidden_size, config.intermediate_size)
         self.output = _AddAndNorm(config.intermediate_size, config)
 
-    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
-        attended_BSH = self.attention(hidden_BSH, rule)
+    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
+        attended_BSH = self.attention(hidden_BSH, attention)
         return self.output(F.gelu(self.intermediate.dense(attended_BSH)), attended_BSH)  # type: ignore[no-any-return]
 
 
@@ -218,8 +238,8 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(config)
         self.output = _AddAndNorm(config.hidden_size, config)
 
-    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
-        return self.output(self.self(hidden_BSH, rule), hidden_BSH)  # type: ignore[no-any-return]
+    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
+        return self.output(self.self(hidden_BSH, attention), hidden_BSH)  # type: ignore[no-any-return]
 
 
 class _SelfAttention(nn.Module):
@@ -228,17 +248,14 @@ class _SelfAttention(nn.Module):
     def __init__(self, config: PMLMConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.dropout = config.dropout
         self.qkv_linear = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, hidden_BSH: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(hidden_BSH, self.qkv_linear.weight, bias)
-        queries, keys, values = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-2, -3).unbind(0)
-        attended_BHSD = attend(queries, keys, values, rule, self.dropout if self.training else 0.0)
-        return attended_BHSD.transpose(1, 2).flatten(2)
+        return attention(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(2)
 
 
 class _Dense(nn.Module):
@@ -253,7 +270,7 @@ class _AddAndNorm(_Dense):
     def __init__(self, size_in: int, config: PMLMConfig) -> None:
         super().__init__(size_in, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, vectors: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(self.dense(vectors)) + residual)  # type: ignore[no-any-return]
@@ -275,6 +292,10 @@ class _PredictionHead(nn.Module):
 
     def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         return F.linear(self.transform(hidden_TH), self.decoder.weight, self.bias)
+
+    def losses(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of each prediction, and whether it is right, without all their logits at a time."""
+        return cross_entropy_in_chunks(self.transform(hidden_TH), self.decoder.weight, self.bias, targets_T)
 
 
 class _Transform(_Dense):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data_prep.console import progress_bar
 from data_prep.files import sha256_of_file, write_whole
 from data_prep.shards import manifest_path
-from pretrain.batches import Share, TrainingBatches, validation_batches
+from pretrain.batches import BatchesAhead, Share, TrainingBatches, validation_batches
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config import Inputs
 from pretrain.engine import Engine, fused_adam_build, init_distributed
@@ -39,7 +39,9 @@ class Trainer:
     def __init__(self, inputs: Inputs, console: IO[str]) -> None:
         self._inputs, self._config, self._console = inputs, inputs.config, console
         torch.manual_seed(self._config.seed)
-        model = PMLM(inputs.model)
+        model = PMLM(inputs.model, self._config.attention, self._config.activation_checkpointing)
+        if self._config.compile:
+            model.compile_layers()
         is_built, _ = fused_adam_build()
         if not is_built and torch.distributed.get_rank() == 0:
             print("compiling DeepSpeed's fused Adam: about a minute, once on this machine", file=console, flush=True)
@@ -58,7 +60,13 @@ class Trainer:
             inputs.batch_sizes.micro_batch,
             inputs.batch_sizes.accumulation_steps,
         )
-        self._batches = TrainingBatches(inputs.data, self._config.objective, self._share, self._config.seed)
+        batches = TrainingBatches(
+            inputs.data, self._config.objective, self._share, self._config.seed, one_shape=self._config.compile
+        )
+        self._batches = BatchesAhead(
+            batches, self._samples_consumed, inputs.total_steps * self._share.train_batch, self._share.train_batch,
+            is_pinned=self._engine.device.type == "cuda",
+        )  # fmt: skip
         self._metrics = Metrics(self._config.run, self._engine.steps) if self._is_main else None
         if self._is_main:  # `export` needs it when the data set may be elsewhere
             tokenizer = inputs.data.tokenizer
@@ -90,14 +98,15 @@ class Trainer:
             return
         if self._engine.steps == 0:
             self._validate()
-        step_time_s, num_tokens = 0.0, 0
+        step_time_s, data_wait_s, num_tokens = 0.0, 0.0, 0
         with progress_bar(
             "train", total, "step", initial=self._engine.steps, stream=self._console, is_shown=self._is_main
         ) as bar:
             while self._engine.steps < total:
                 started = time.perf_counter()
                 learning_rate = self._engine.learning_rate
-                micro_batches = self._batches.step(self._samples_consumed)
+                micro_batches = self._batches.next_step()
+                data_wait_s += time.perf_counter() - started
                 sums = self._train_step(micro_batches)
                 self._samples_consumed += self._share.train_batch
                 step = self._engine.steps
@@ -110,10 +119,10 @@ class Trainer:
                 if is_logged:
                     tokens = float(self._engine.sum_over_ranks(torch.tensor([num_tokens])))
                     self._record("train", values | self._step_values(learning_rate) | {
-                        "tokens_per_s": round(tokens / step_time_s, 1)
+                        "tokens_per_s": round(tokens / step_time_s, 1), "data_wait": round(data_wait_s / step_time_s, 5)
                     })  # fmt: skip
                     bar.set_postfix_str(_short(values), refresh=False)
-                    step_time_s, num_tokens = 0.0, 0
+                    step_time_s, data_wait_s, num_tokens = 0.0, 0.0, 0
                 if self._is_due(self._config.validate_every_steps, is_last):
                     self._validate()
                 if self._is_due(self._config.save_every_steps, is_last):
@@ -121,6 +130,7 @@ class Trainer:
 
     def close(self) -> None:
         """Report what the run came to, and leave the other ranks."""
+        self._batches.close()
         self._inputs.data.close()
         if self._metrics:
             self._metrics.close()
@@ -145,9 +155,11 @@ class Trainer:
         if not self._inputs.data.num_samples("validation") or not self._config.validate_every_steps:
             return
         self._engine.train(False)
-        batches = validation_batches(
-            self._inputs.data, self._config.objective, self._share, self._config.validation_samples
-        )
+        batches = self._batches.call(
+            validation_batches,
+            self._inputs.data, self._config.objective, self._share, self._config.validation_samples,
+            one_shape=self._config.compile,
+        )  # fmt: skip
         sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
         with progress_bar(
             "validate", len(batches), "batch", stream=self._console, is_shown=self._is_main, is_lasting=False

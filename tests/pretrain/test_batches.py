@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support import PAD
 
 from data_prep.shards import CHUNK_SAMPLES, DataSet
-from pretrain.batches import SampleOrder, Share, TrainingBatches, permuted, validation_batches
-from pretrain.layout import Objective
+from pretrain.batches import BatchesAhead, SampleOrder, Share, TrainingBatches, permuted, validation_batches
+from pretrain.layout import Layout, Objective
 
 
 @pytest.mark.parametrize("num_samples", [1, 5, 127, 128, 129, 128 * 3 + 7, 128 * 9, 128 * 9 + 1])
@@ -104,6 +104,45 @@ def test_the_samples_of_a_step_depend_on_neither_ranks_nor_micro_batch_nor_resta
     whole = consumed(data_set, (1, 12, 1), range(40), 12)
     for share in [(1, 3, 4), (2, 6, 1), (2, 3, 2), (3, 2, 2), (4, 1, 3), (12, 1, 1)]:
         assert consumed(data_set, share, range(17, 25), 12) == whole[17:25]
+
+
+def test_batches_ahead_are_those_of_each_step_and_are_built_while_a_step_is_computed(data_set: DataSet) -> None:
+    share, first, stop = Share(0, 1, 4, 2), 5 * 8, 11 * 8
+    batches = TrainingBatches(data_set, Objective.AE_PAR, share, seed=5)
+    expected = [batches.step(start) for start in range(first, stop, 8)]
+    built: list[int] = []
+
+    class Recording(TrainingBatches):
+        def step(self, samples_consumed: int) -> list[Layout]:
+            built.append(samples_consumed)
+            return super().step(samples_consumed)
+
+    ahead = BatchesAhead(
+        Recording(data_set, Objective.AE_PAR, share, seed=5), first, stop, share.train_batch, is_pinned=False
+    )  # fmt: skip
+    found = [ahead.next_step()]
+    held_out = ahead.call(validation_batches, data_set, Objective.AE, share, max_samples=4)  # behind what was asked for
+    assert len(held_out) == 1
+    assert built == [40, 48, 56]
+    found += [ahead.next_step() for _ in range(5)]
+    ahead.close()
+    for a, b in zip(found, expected, strict=True):
+        assert [layout.ids_BS.tolist() for layout in a] == [layout.ids_BS.tolist() for layout in b]
+
+
+def test_what_the_reading_thread_meets_is_raised_in_the_step_that_needs_it(data_set: DataSet) -> None:
+    class Damaged(TrainingBatches):
+        def step(self, samples_consumed: int) -> list[Layout]:
+            if samples_consumed == 8:
+                raise ValueError("train-00000.h5: damaged")
+            return super().step(samples_consumed)
+
+    batches = Damaged(data_set, Objective.AE, Share(0, 1, 8, 1), seed=5)
+    ahead = BatchesAhead(batches, 0, 80, 8, is_pinned=False)
+    assert len(ahead.next_step()) == 1
+    with pytest.raises(ValueError, match="damaged"):
+        ahead.next_step()
+    ahead.close()
 
 
 def test_an_epoch_uses_its_mask_set(data_set: DataSet) -> None:

@@ -13,8 +13,8 @@ from support import MASK, VOCAB_SIZE, random_batch
 from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pretrain.attention import attend, attention_rule, relative_position_bucket
-from pretrain.layout import GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
+from pretrain.attention import relative_position_bucket
+from pretrain.layout import GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig, layer_norm, nvidia_apex_folder
 
 CONFIG = PMLMConfig.of_size(
@@ -105,23 +105,6 @@ def test_a_masked_original_changes_no_prediction_of_its_own_or_an_earlier_turn(o
         assert torch.equal(before[~later], after[~later])
         assert torch.equal(context, model.encode(changed)[:, : layout.num_context])
         assert (before[later] != after[later]).any(dim=1).all()
-
-
-def test_attention_against_a_loop_over_queries_and_visible_keys() -> None:
-    layout = pseudo_masked_layout(random_batch(2), Objective.AE_PAR, mask_id=MASK)
-    bias_module = make_model().bert.encoder.rel_pos_bias
-    num_slots = layout.ids_BS.shape[1]
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, num_slots, 8, dtype=torch.float64).unbind(0)
-    found = attend(q, k, v, attention_rule(layout, bias_module), dropout=0.0)
-    assert bias_module is not None
-    for b in range(2):
-        bias_HSS = bias_module(layout.positions_BS[b], layout.positions_BS[b])
-        for s in range(num_slots):
-            keys = visible(layout.roles_S[s], layout.turns_BS[b, s], layout.roles_S, layout.turns_BS[b]).nonzero()[:, 0]
-            for h in range(4):
-                weights = torch.softmax(q[b, h, s] @ k[b, h, keys].T / 8**0.5 + bias_HSS[h, s, keys], dim=0)
-                torch.testing.assert_close(found[b, h, s], weights @ v[b, h, keys], rtol=0, atol=1e-12)
 
 
 def test_padding_changes_nothing() -> None:

@@ -48,7 +48,7 @@ def two_ranks(*arguments: str) -> list[str]:
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """All that a run recorded, but for times."""
-    times = ("time", "tokens_per_s")
+    times = ("time", "tokens_per_s", "data_wait")
     return [
         {key: value for key, value in record.items() if key not in times}
         for record in read_records(run)

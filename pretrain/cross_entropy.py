@@ -1,0 +1,82 @@
+"""The output layer and its cross-entropy in chunks of predictions, the logits computed again in the backward pass.
+
+So memory for logits is bounded, whatever the vocabulary and the number of predictions.
+
+Shapes: T predictions, C of them in a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_CHUNK_LOGITS = 1 << 23
+
+
+def cross_entropy_in_chunks(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor,
+    targets_T: torch.Tensor,
+    chunk_logits: int = _CHUNK_LOGITS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each prediction, in fp32 at least, and whether its largest logit is the target's.
+
+    Logits are `hidden_TH` x `weight_VH` transposed + `bias_V`; no more than `chunk_logits` of them exist at a time, or
+    those of one prediction.
+    """
+    losses_T, is_correct_T = _ChunkedCrossEntropy.apply(
+        hidden_TH, weight_VH, bias_V, targets_T, max(1, chunk_logits // len(weight_VH))
+    )
+    return losses_T, is_correct_T
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor, targets_T: torch.Tensor, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        log_sums_T = hidden_TH.new_empty(len(hidden_TH), dtype=_at_least_fp32(hidden_TH.dtype))
+        losses_T, is_correct_T = torch.empty_like(log_sums_T), torch.empty_like(targets_T, dtype=torch.bool)
+        for part in _chunks(len(hidden_TH), chunk):
+            logits_CV, targets_C1 = _logits(hidden_TH[part], weight_VH, bias_V), targets_T[part, None]
+            losses_T[part] = -logits_CV.gather(1, targets_C1)[:, 0]
+            largest_C1, likeliest_C1 = logits_CV.max(dim=1, keepdim=True)
+            is_correct_T[part] = (likeliest_C1 == targets_C1)[:, 0]
+            sums_C = logits_CV.sub_(largest_C1).exp_().sum(dim=1)
+            log_sums_T[part] = sums_C.log() + largest_C1[:, 0]
+        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, log_sums_T)
+        ctx.chunk = chunk
+        ctx.mark_non_differentiable(is_correct_T)
+        return losses_T + log_sums_T, is_correct_T
+
+    @staticmethod
+    def backward(ctx: Any, d_losses_T: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden_TH, weight_VH, bias_V, targets_T, log_sums_T = ctx.saved_tensors
+        d_hidden_TH = torch.empty_like(hidden_TH)
+        d_weight_VH, d_bias_V = torch.zeros_like(weight_VH), torch.zeros_like(bias_V, dtype=log_sums_T.dtype)
+        for part in _chunks(len(hidden_TH), ctx.chunk):
+            d_logits_CV = _logits(hidden_TH[part], weight_VH, bias_V).sub_(log_sums_T[part, None]).exp_()
+            d_logits_CV.scatter_add_(1, targets_T[part, None], -torch.ones_like(log_sums_T[part, None]))
+            d_logits_CV.mul_(d_losses_T[part, None])
+            d_bias_V += d_logits_CV.sum(dim=0)
+            d_logits_CV = d_logits_CV.to(hidden_TH.dtype)
+            torch.mm(d_logits_CV, weight_VH, out=d_hidden_TH[part])
+            d_weight_VH.addmm_(d_logits_CV.mT, hidden_TH[part])
+        return d_hidden_TH, d_weight_VH, d_bias_V.to(bias_V.dtype), None, None
+
+
+def _chunks(num_predictions: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, num_predictions, chunk):
+        yield slice(start, start + chunk)
+
+
+def _logits(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor) -> torch.Tensor:
+    """In fp32 at least, and nobody else's: they may be changed in place."""
+    return torch.addmm(bias_V, hidden_CH, weight_VH.mT).to(_at_least_fp32(hidden_CH.dtype))
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
