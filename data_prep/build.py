@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +44,21 @@ from data_prep.masking import (
     MIN_BLOCK_TOKENS,
     SHOW_MASK_PROBABILITY,
     SHOW_RANDOM_PROBABILITY,
-    MaskSet,
-    draw_mask_set,
+    Masks,
+    draw_masks,
 )  # fmt: skip
 from data_prep.mixture import Corpus, Mixture, TextOrder, epochs_of, sources_of
-from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, assemble
+from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, Texts, assemble
 from data_prep.parameters import BuildParameters
 from data_prep.processes import Processes
 from data_prep.shards import (
-    CHUNK_SAMPLES,
     SPLITS,
-    ShardWriter,
     Split,
     manifest_path,
     read_data_manifest,
     shard_name,
     write_data_manifest,
+    write_shard,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.units import describe_text, is_done, read_counts, read_texts, tokenize, write_unit
@@ -69,7 +66,6 @@ from data_prep.units import describe_text, is_done, read_counts, read_texts, tok
 WORK = ".work"
 _PLAN = "plan.json"
 _SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
-BLOCK_SAMPLES = 8 * CHUNK_SAMPLES  # samples in memory at a time while a shard is written
 _FIRST_VALIDATION_SAMPLE = 2**48
 _DROPPED = ("too_short_documents", "too_long_documents", *KINDS)
 
@@ -314,18 +310,12 @@ def number_of_sample(split: Split, index: int) -> int:
     return index + (_FIRST_VALIDATION_SAMPLE if split == "validation" else 0)
 
 
-def draw_mask_sets(
-    samples: Samples, tokenizer: Tokenizer, parameters: BuildParameters, first_sample: int
-) -> list[MaskSet]:
+def draw_mask_sets(samples: Samples, tokenizer: Tokenizer, parameters: BuildParameters, first_sample: int) -> Masks:
     """All mask sets of samples number first_sample .."""
-    return [
-        draw_mask_set(
-            samples.tokens_BL, samples.length_B, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
-            mask_id=tokenizer.mask_id, max_masked_tokens=parameters.max_masked_tokens, seed=parameters.seed,
-            first_sample=first_sample, mask_set=mask_set,
-        )
-        for mask_set in range(parameters.mask_sets)
-    ]  # fmt: skip
+    return draw_masks(
+        samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
+        mask_sets=parameters.mask_sets, seed=parameters.seed, first_sample=first_sample,
+    )  # fmt: skip
 
 
 def _shard_file(folder: Path, shard: _ShardPlan) -> Path:
@@ -380,29 +370,24 @@ def _tokenize_unit(index: int, unit: Unit) -> int:
     return unit.size_bytes
 
 
-def _texts_of(shard: _ShardPlan, order: TextOrder) -> Iterator[np.ndarray]:
+def _texts_of(shard: _ShardPlan, order: TextOrder) -> Texts:
     units, numbers = order.texts(shard.first, shard.first + shard.num_samples)
-    for unit, of_unit in groupby(zip(units.tolist(), numbers.tolist(), strict=True), key=itemgetter(0)):
-        texts = read_texts(_worker.folder / WORK, unit, shard.split)
-        for _, number in of_unit:
-            yield texts[number]
+    starts = np.flatnonzero(np.diff(units)) + 1
+    return Texts.concatenate([
+        read_texts(_worker.folder / WORK, int(of_unit[0]), shard.split)[numbers_in_unit]
+        for of_unit, numbers_in_unit in zip(np.split(units, starts), np.split(numbers, starts), strict=True)
+    ])  # fmt: skip
 
 
 def _write_shard(shard: _ShardPlan, order: TextOrder) -> int:
     """Leave the shard in its place and its entry of the manifest in a file; returns its number of samples."""
     parameters, tokenizer = _worker.parameters, _worker.tokenizer
-    writer = ShardWriter(
-        _worker.folder / shard_name(shard.split, shard.index), shard.num_samples, parameters.max_length_tokens,
-        parameters.mask_sets, parameters.max_masked_tokens, tokenizer.vocab_size,
+    first_sample = number_of_sample(shard.split, shard.first)
+    samples = assemble(
+        _texts_of(shard, order), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,
+        eos_id=tokenizer.eos_id,
     )  # fmt: skip
-    texts = _texts_of(shard, order)
-    for block in range(0, shard.num_samples, BLOCK_SAMPLES):
-        first_sample = number_of_sample(shard.split, shard.first + block)
-        in_block = min(BLOCK_SAMPLES, shard.num_samples - block)
-        samples = assemble(
-            [next(texts) for _ in range(in_block)], parameters.max_length_tokens, seed=parameters.seed,
-            first_sample=first_sample, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-        )  # fmt: skip
-        writer.write(samples, draw_mask_sets(samples, tokenizer, parameters, first_sample))
-    write_json(_shard_file(_worker.folder, shard), writer.finish())
+    masks = draw_mask_sets(samples, tokenizer, parameters, first_sample)
+    path = _worker.folder / shard_name(shard.split, shard.index)
+    write_json(_shard_file(_worker.folder, shard), write_shard(path, samples, masks, parameters.max_length_tokens))
     return shard.num_samples

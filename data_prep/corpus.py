@@ -95,11 +95,6 @@ class Document:
         """Of the lines, with a line break between two."""
         return sum(map(len, self.lines)) + max(len(self.lines) - 1, 0)
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the text in UTF-8, its line ends included."""
-        return len("\n".join(self.lines).encode())
-
     def paragraphs(self, per: ParagraphPer) -> list[tuple[str, ...]]:
         """The lines as paragraphs: each for itself, or those between blank lines."""
         if per == "line":
@@ -110,6 +105,12 @@ class Document:
         """The rest of the document without the paragraphs of these numbers."""
         kept = (lines for number, lines in enumerate(self.paragraphs(per)) if number not in numbers)
         return Document(tuple(chain.from_iterable(kept)), whole_hash=self.hash)
+
+
+def text_bytes(documents: Sequence[Document]) -> int:
+    """Bytes of the documents' texts in UTF-8, their line ends included."""
+    lines = [line for document in documents for line in document.lines]
+    return len("".join(lines).encode()) + len(lines) - len(documents)
 
 
 def hash_text(text: str) -> int:
@@ -272,7 +273,7 @@ def _json_lines(source: Source, piece: Piece) -> Iterator[Document]:
         if offset >= stop:
             return
         line = _decode(source, raw, offset)
-        if not line.strip():
+        if not line or line.isspace():
             continue
         try:
             record = json.loads(line)
@@ -285,7 +286,7 @@ def _json_lines(source: Source, piece: Piece) -> Iterator[Document]:
             raise _bad_line(
                 source, offset, f'expected a JSON object with a string under "{text_field}"; --text_field names the key'
             )
-        if _SURROGATE.search(text):
+        if not text.isascii() and "\\u" in line and _SURROGATE.search(text):
             raise _bad_line(source, offset, "has half a surrogate pair, which is no character")
         yield from _document(text.split("\n"))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from enum import IntEnum
-from itertools import count
 
+import numba
 import numpy as np
 
 _WORDS_PER_COUNT = 4  # Philox4x64: one counter value gives four 64-bit words
@@ -37,16 +35,24 @@ def draw_words(
     return words.reshape(num_items, -1)[:, :words_per_item]
 
 
-def draw_one_by_one(seed: int, decision: Decision, item: int) -> Iterator[int]:
-    """64-bit words without end, a function of (seed, decision, item) alone; by a hash.
-
-    For a few words of an item that comes by itself, where setting up Philox would take longer than all else.
-    """
-    for number in count():
-        digest = hashlib.blake2b(b"%d %d %d %d" % (seed, decision, item, number), digest_size=8).digest()
-        yield int.from_bytes(digest, "big")
-
-
 def scale_high_bits(words: np.ndarray, bounds: np.ndarray | int) -> np.ndarray:
     """Integers in [0, bound) from the upper 32 bits of each word (bias under bound / 2**32)."""
     return ((words >> np.uint64(32)) * np.asarray(bounds, dtype=np.uint64)) >> np.uint64(32)
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def word_of(key: int, index: int) -> int:
+    """Word `index` of the item whose own word of `draw_words` is `key`, for compiled code that draws as it goes.
+
+    SplitMix64 (Steele, Lea and Flood 2014), whose words are a function of a counter too: any of them, in any order.
+    """
+    word = key + np.uint64(index + 1) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))  # type: ignore[return-value]
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def unit_interval(word: int) -> float:
+    """A number of [0, 1) from the upper 53 bits of a word."""
+    return float(word >> np.uint64(11)) / 2**53

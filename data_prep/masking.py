@@ -7,16 +7,21 @@
 What the paper leaves open: special tokens count as masked already, so no block holds one; a block that would run past
 the text is drawn anew; the last block is shortened, so that exactly round(0.15 * maskable) tokens, at least 1, are
 masked.
+
+A sample's words are used as they are needed: one for each block drawn, its start (upper half) and length (lower half),
+and behind a block that is taken one for each of its tokens, what is shown there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 
-from data_prep.draws import Decision, draw_words
+from data_prep.draws import Decision, draw_words, word_of
+from data_prep.packing import Samples
 
 MASK_PERCENT = 15
 BLOCK_PROBABILITY = 0.4
@@ -30,16 +35,19 @@ _SHOW_RANDOM_BELOW = round((SHOW_MASK_PROBABILITY + SHOW_RANDOM_PROBABILITY) * _
 
 
 @dataclass(frozen=True)
-class MaskSet:
-    """One set of masks for B samples. P = the most masked tokens a sample can have; unused places are 0."""
+class Masks:
+    """K sets of masks for B samples. M = the masked tokens of all samples, one sample behind the other."""
 
     num_masked_B: np.ndarray
-    positions_BP: np.ndarray
-    """Masked positions in factorization order, a block from left to right."""
-    turns_BP: np.ndarray
-    """The factorization step of each, from 1."""
-    shown_BP: np.ndarray
-    """The id that the context shows there: the mask, a random one or the original."""
+    """int64; the same in every set."""
+    places_KM: np.ndarray
+    """See `place_dtype`; a sample's masked tokens in factorization order, a block from left to right."""
+
+
+def place_dtype(token: np.dtype[Any]) -> np.dtype[Any]:
+    """A masked token: its position in the sample (never 0, which is [SOS]'s), its turn, that is its factorization step,
+    from 1, and the id that the context shows there: the mask, a random one or the original."""
+    return np.dtype([("position", np.uint16), ("turn", np.uint16), ("shown", token)])
 
 
 def num_masked(num_maskable: np.ndarray | int) -> np.ndarray:
@@ -53,42 +61,45 @@ def max_masked(max_length_tokens: int, num_special_tokens: int) -> int:
     return int(num_masked(max_length_tokens - num_special_tokens))
 
 
-def num_attempts(max_masked_tokens: int) -> int:
-    """How many draws of a block a sample gets; about half of them are used, and what is missing then is filled up."""
-    return max_masked_tokens + 24
+def num_attempts(num_masked: np.ndarray) -> np.ndarray:
+    """How many draws of a block samples get; about half of them are used, and what is missing then is filled up."""
+    return 2 * num_masked + 64
 
 
-def draw_mask_set(
-    tokens_BL: np.ndarray,
-    length_B: np.ndarray,
+def draw_masks(
+    samples: Samples,
     *,
     special_ids: np.ndarray,
     normal_ids: np.ndarray,
     mask_id: int,
-    max_masked_tokens: int,
+    mask_sets: int,
     seed: int,
     first_sample: int,
-    mask_set: int,
-) -> MaskSet:
-    """Mask set number `mask_set` for samples first_sample ..; the masks of a sample depend on nothing but its number,
-    its tokens, the seed and the set.
-
-    A sample's words are its attempts, each a start (upper half) and a length (lower half), and behind them one for each
-    masked token that decides what is shown.
-    """
-    num_samples, max_length = tokens_BL.shape
-    attempts = num_attempts(max_masked_tokens)
-    words_BW = draw_words(seed, Decision.MASKS, first_sample, num_samples, attempts + max_masked_tokens, mask_set)
-    is_special_V = np.isin(np.arange(max(tokens_BL.max(), special_ids.max()) + 1), special_ids)
-    num_masked_B = np.zeros(num_samples, dtype=np.int32)
-    positions_BP = np.zeros((num_samples, max_masked_tokens), dtype=np.int32)
-    turns_BP, shown_BP = np.zeros_like(positions_BP), np.zeros_like(positions_BP)
+) -> Masks:
+    """All mask sets of samples number first_sample ..; a sample's masks of a set depend on nothing but its number, its
+    tokens, the seed and the set."""
+    tokens_T, length_B = samples.tokens_T, samples.length_B
+    is_special_V = np.zeros(max(tokens_T.max(), special_ids.max()) + 1, dtype=np.bool_)
+    is_special_V[special_ids] = True
+    num_masked_B = num_masked(_num_maskable(tokens_T, length_B, is_special_V))
+    places_KM = np.empty((mask_sets, num_masked_B.sum()), dtype=place_dtype(tokens_T.dtype))
+    keys = [draw_words(seed, Decision.MASKS, first_sample, len(length_B), 1, variant) for variant in range(mask_sets)]
     _algorithm_1(
-        tokens_BL.astype(np.int32, copy=False), length_B.astype(np.int32, copy=False), is_special_V,
-        num_masked(np.arange(max_length + 1)), words_BW, attempts, normal_ids.astype(np.int32), mask_id,
-        num_masked_B, positions_BP, turns_BP, shown_BP,
+        tokens_T, length_B, is_special_V, num_masked_B, num_attempts(num_masked_B), np.concatenate(keys, axis=1),
+        normal_ids.astype(tokens_T.dtype), mask_id, places_KM["position"], places_KM["turn"], places_KM["shown"],
     )  # fmt: skip
-    return MaskSet(num_masked_B, positions_BP, turns_BP, shown_BP)
+    return Masks(num_masked_B, places_KM)
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _num_maskable(tokens_T: np.ndarray, length_B: np.ndarray, is_special_V: np.ndarray) -> np.ndarray:
+    num_maskable_B = np.zeros(len(length_B), dtype=np.int64)
+    start = 0
+    for b, length in enumerate(length_B):
+        for token in tokens_T[start : start + length]:
+            num_maskable_B[b] += not is_special_V[token]
+        start += length
+    return num_maskable_B
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -96,67 +107,70 @@ def block_draw(word: int, length: int) -> tuple[int, int]:
     """Start and length of the block that a word stands for, in a text of `length` tokens."""
     start = ((word >> np.uint64(32)) * np.uint64(length)) >> np.uint64(32)
     low = word & np.uint64(0xFFFFFFFF)
-    if low >= np.uint64(_IS_BLOCK_BELOW):
-        return int(start), 1
-    lengths = MAX_BLOCK_TOKENS - MIN_BLOCK_TOKENS + 1
-    return int(start), MIN_BLOCK_TOKENS + int(low * np.uint64(lengths) // np.uint64(_IS_BLOCK_BELOW))
+    lengths = np.uint64(MAX_BLOCK_TOKENS - MIN_BLOCK_TOKENS + 1)
+    block = MIN_BLOCK_TOKENS + int(low * lengths // np.uint64(_IS_BLOCK_BELOW))
+    return int(start), block if low < np.uint64(_IS_BLOCK_BELOW) else 1
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def shown_id(word: int, original: int, normal_ids: np.ndarray, mask_id: int) -> int:
-    """What the context shows in place of `original`."""
+    """What the context shows in place of `original`. Nothing is skipped: what is drawn anew each time, a processor cannot
+    foresee, and jumps are dear."""
     coin = word >> np.uint64(32)
-    if coin < np.uint64(_SHOW_MASK_BELOW):
-        return mask_id
-    if coin < np.uint64(_SHOW_RANDOM_BELOW):
-        return int(normal_ids[((word & np.uint64(0xFFFFFFFF)) * np.uint64(len(normal_ids))) >> np.uint64(32)])
-    return original
+    random_id = normal_ids[((word & np.uint64(0xFFFFFFFF)) * np.uint64(len(normal_ids))) >> np.uint64(32)]
+    unmasked_id = random_id if coin < np.uint64(_SHOW_RANDOM_BELOW) else original
+    return mask_id if coin < np.uint64(_SHOW_MASK_BELOW) else unmasked_id
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _algorithm_1(
-    tokens_BL: np.ndarray,
+    tokens_T: np.ndarray,
     length_B: np.ndarray,
     is_special_V: np.ndarray,
-    num_masked_of: np.ndarray,
-    words_BW: np.ndarray,
-    attempts: int,
+    num_masked_B: np.ndarray,
+    attempts_B: np.ndarray,
+    keys_BK: np.ndarray,
     normal_ids: np.ndarray,
     mask_id: int,
-    num_masked_B: np.ndarray,
-    positions_BP: np.ndarray,
-    turns_BP: np.ndarray,
-    shown_BP: np.ndarray,
+    positions_KM: np.ndarray,
+    turns_KM: np.ndarray,
+    shown_KM: np.ndarray,
 ) -> None:
-    is_blocked = np.empty(tokens_BL.shape[1], dtype=np.bool_)
+    is_blocked = np.empty(length_B.max(), dtype=np.bool_)
+    first_token = first_place = 0
     for b in range(len(length_B)):
-        length, num_maskable = length_B[b], 0
+        length, target = length_B[b], num_masked_B[b]
         for position in range(length):
-            is_blocked[position] = is_special_V[tokens_BL[b, position]]
-            num_maskable += not is_blocked[position]
-        target = num_masked_of[num_maskable]
-        num_masked_B[b] = target
-        count, turn, attempt = 0, 0, 0
-        while count < target:
-            if attempt < attempts:
-                start, block = block_draw(words_BW[b, attempt], length)
-                attempt += 1
-                block = min(block, target - count)
-            else:  # draws used up: single tokens from the left
-                start, block = 0, 1
-                while is_blocked[start]:
-                    start += 1
-            is_free = start + block <= length
-            for position in range(start, min(start + block, length)):
-                is_free = is_free and not is_blocked[position]
-            if not is_free:
-                continue
-            turn += 1
-            for position in range(start, start + block):
-                is_blocked[position] = True
-                positions_BP[b, count] = position
-                turns_BP[b, count] = turn
-                shown_BP[b, count] = shown_id(
-                    words_BW[b, attempts + count], tokens_BL[b, position], normal_ids, mask_id
-                )
-                count += 1
+            is_blocked[position] = is_special_V[tokens_T[first_token + position]]
+        for k in range(keys_BK.shape[1]):
+            key = keys_BK[b, k]
+            count, turn, attempt, num_words = 0, 0, 0, 0
+            while count < target:
+                if attempt < attempts_B[b]:
+                    start, block = block_draw(word_of(key, num_words), length)
+                    attempt += 1
+                    num_words += 1
+                    block = min(block, target - count)
+                else:  # draws used up: single tokens from the left
+                    start, block = 0, 1
+                    while is_blocked[start]:
+                        start += 1
+                is_free = start + block <= length
+                for position in range(start, min(start + block, length)):
+                    is_free = is_free and not is_blocked[position]
+                if not is_free:
+                    continue
+                turn += 1
+                for position in range(start, start + block):
+                    is_blocked[position] = True
+                    place = first_place + count
+                    positions_KM[k, place] = position
+                    turns_KM[k, place] = turn
+                    original = tokens_T[first_token + position]
+                    shown_KM[k, place] = shown_id(word_of(key, num_words), original, normal_ids, mask_id)
+                    num_words += 1
+                    count += 1
+            for place in range(first_place, first_place + target):
+                is_blocked[positions_KM[k, place]] = False
+        first_token += length
+        first_place += target

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.build import BLOCK_SAMPLES, WORK, draw_mask_sets, number_of_sample
+from data_prep.build import WORK, draw_mask_sets, number_of_sample
 from data_prep.console import progress_bar
 from data_prep.files import read_json, sha256_of_file, write_json, write_whole
-from data_prep.packing import Samples
 from data_prep.parameters import BuildParameters
 from data_prep.processes import Processes
-from data_prep.shards import SPLITS, DataSet, ShardWriter, Split, manifest_path, read_data_manifest, write_data_manifest
+from data_prep.shards import SPLITS, DataSet, Split, manifest_path, read_data_manifest, write_data_manifest, write_shard
 
 
 def remask(
@@ -75,15 +74,8 @@ def _set_up(source: Path, folder: Path, parameters: BuildParameters) -> None:
 
 def _remask_shard(split: Split, index: int, entry: Path) -> int:
     data, folder, parameters = _worker
-    num_samples = data.manifest["splits"][split][index]["num_samples"]
-    writer = ShardWriter(
-        folder / _name(data, split, index), num_samples, data.max_length_tokens, parameters.mask_sets,
-        parameters.max_masked_tokens, data.tokenizer.vocab_size,
-    )  # fmt: skip
-    start = index * parameters.shard_samples
-    for first in range(start, start + num_samples, BLOCK_SAMPLES):
-        batch = data.read_samples(split, first, min(first + BLOCK_SAMPLES, start + num_samples)).as_int64()
-        samples = Samples(batch.tokens_BL, batch.length_B, batch.segment_boundary_B)
-        writer.write(samples, draw_mask_sets(samples, data.tokenizer, parameters, number_of_sample(split, first)))
-    write_json(entry, writer.finish())
-    return int(num_samples)
+    first_sample = number_of_sample(split, index * parameters.shard_samples)
+    samples = data.read_shard(split, index)
+    masks = draw_mask_sets(samples, data.tokenizer, parameters, first_sample)
+    write_json(entry, write_shard(folder / _name(data, split, index), samples, masks, parameters.max_length_tokens))
+    return len(samples.length_B)

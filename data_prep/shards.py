@@ -7,19 +7,19 @@ A data set is a folder:
     train-00000.h5 ...       shards of `shard_samples` samples, the last one of a split shorter
     validation-00000.h5 ...
 
-A shard holds facts about N samples, never slots or masks of L x L. K = mask sets, P = the most masked tokens of a
-sample, token = uint16 where the vocabulary fits and uint32 where not:
+A shard holds facts about N samples, never slots, padding or masks of L x L. T = the tokens of all of them and M = the
+masked ones, one sample behind the other; K = mask sets; token = uint16 where the vocabulary fits and uint32 where not:
 
-    tokens            token  [N, L]      "[SOS] S1 [EOS] S2 [EOS]", behind it [PAD]
-    length            uint16 [N]         tokens, special ones included
-    segment_boundary  uint16 [N]         where segment B begins
-    num_masked        uint16 [N]
-    masked_positions  uint16 [N, K, P]   in factorization order
-    turns             uint16 [N, K, P]   the factorization step of each, from 1; 0 = unused place
-    shown             token  [N, K, P]   what the context shows there
+    samples  [N]     length             uint16   tokens, special ones included
+                     segment_boundary   uint16   where segment B begins
+                     num_masked         uint16
+    tokens   [T]     token              "[SOS] S1 [EOS] S2 [EOS]"
+    masks    [K, M]  position           uint16   in factorization order
+                     turn               uint16   the factorization step of each, from 1
+                     shown              token    what the context shows there
 
-HDF5 chunks are CHUNK_SAMPLES samples of one mask set, each with a fletcher32 checksum; the file is written in HDF5's
-newest layout, whose metadata carry checksums as well. So a flipped byte is an error when it is read, not another token.
+Every array is checksummed (fletcher32) in HDF5 chunks, of the masks of one set; the file is written in HDF5's newest
+layout, whose metadata carry checksums as well. So a flipped byte is an error when it is read, not another token.
 The manifest holds the SHA-256 of each file.
 """
 
@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,16 +37,18 @@ import h5py
 import numpy as np
 
 from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
-from data_prep.masking import MAX_BLOCK_TOKENS, MaskSet, num_masked
+from data_prep.masking import MAX_BLOCK_TOKENS, Masks, max_masked, num_masked
 from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "pmlm-shards"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-CHUNK_SAMPLES = 128
+CHUNK_SAMPLES = 128  # read at a time
 MAX_LENGTH_LIMIT_TOKENS = 2**16 - 1
 _MAX_OPEN_FILES = 32
+_FULL_SAMPLES_PER_CHUNK = 64  # of HDF5; more are read in vain, fewer take longer
+_SAMPLE_DTYPE = np.dtype([(name, np.uint16) for name in ("length", "segment_boundary", "num_masked")])
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -61,67 +64,48 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-class ShardWriter:
-    """Writes a shard, whole or not at all, from blocks of samples.
+def write_shard(path: Path, samples: Samples, masks: Masks, max_length_tokens: int) -> dict[str, Any]:
+    """Write a shard, whole or not at all; returns its entry of the manifest.
 
     The file is built in memory: what HDF5 would write piece by piece to a full disk is one plain write.
     """
-
-    def __init__(self, path: Path, num_samples: int, max_length_tokens: int, mask_sets: int, max_masked_tokens: int,
-                 vocab_size: int) -> None:  # fmt: skip
-        self._path, self._num_samples, self._num_written = path, num_samples, 0
-        self._counts = {"num_tokens": 0, "num_masked": 0}
-        self._file = h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest")
-        self._file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
-        self._file.attrs["version"] = VERSION
-        token, rows = token_dtype(vocab_size), min(CHUNK_SAMPLES, num_samples)
-        masks = (num_samples, mask_sets, max_masked_tokens)
-        shapes: dict[str, tuple[type, tuple[int, ...]]] = {
-            "tokens": (token, (num_samples, max_length_tokens)), "length": (np.uint16, (num_samples,)),
-            "segment_boundary": (np.uint16, (num_samples,)), "num_masked": (np.uint16, (num_samples,)),
-            "masked_positions": (np.uint16, masks), "turns": (np.uint16, masks), "shown": (token, masks),
-        }  # fmt: skip
-        for name, (dtype, shape) in shapes.items():
-            chunks = (rows, 1, shape[2]) if len(shape) == 3 else (rows, *shape[1:])
-            self._file.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)
-
-    def write(self, samples: Samples, mask_sets: list[MaskSet]) -> None:
-        """Append a block of samples: a whole number of chunks, but for the last one."""
-        rows = slice(self._num_written, self._num_written + len(samples.length_B))
-        self._file["tokens"][rows] = samples.tokens_BL
-        self._file["length"][rows] = samples.length_B
-        self._file["segment_boundary"][rows] = samples.segment_boundary_B
-        self._file["num_masked"][rows] = mask_sets[0].num_masked_B
-        for k, masks in enumerate(mask_sets):
-            self._file["masked_positions"][rows, k] = masks.positions_BP
-            self._file["turns"][rows, k] = masks.turns_BP
-            self._file["shown"][rows, k] = masks.shown_BP
-        self._counts["num_tokens"] += int(samples.length_B.sum())
-        self._counts["num_masked"] += int(mask_sets[0].num_masked_B.sum())
-        self._num_written = rows.stop
-
-    def finish(self) -> dict[str, Any]:
-        """Put the file in its place; returns its entry of the manifest."""
-        assert self._num_written == self._num_samples
-        self._file.flush()
-        image = self._file.id.get_file_image()
-        self._file.close()
-        write_whole(self._path, image)
-        return {
-            "file": self._path.name, "num_samples": self._num_samples, **self._counts, "size_bytes": len(image),
-            "sha256": hashlib.sha256(image).hexdigest(),
-        }  # fmt: skip
+    facts = np.empty(len(samples.length_B), dtype=_SAMPLE_DTYPE)
+    facts["length"], facts["segment_boundary"] = samples.length_B, samples.segment_boundary_B
+    facts["num_masked"] = masks.num_masked_B
+    chunk_tokens = _FULL_SAMPLES_PER_CHUNK * max_length_tokens
+    chunk_masks = _FULL_SAMPLES_PER_CHUNK * max_masked(max_length_tokens, NUM_SPECIAL_TOKENS)
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest", rdcc_nbytes=0) as file:
+        file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
+        file.attrs["version"] = VERSION
+        for name, array, chunk in (
+            ("samples", facts, facts.shape),
+            ("tokens", samples.tokens_T, (chunk_tokens,)),
+            ("masks", masks.places_KM, (1, chunk_masks)),
+        ):
+            chunks = tuple(map(min, chunk, array.shape))
+            settings = {"chunks": chunks, "fletcher32": True} if array.size else {}
+            file.create_dataset(name, data=array, **settings)
+        file.flush()
+        image = file.id.get_file_image()
+    write_whole(path, image)
+    return {
+        "file": path.name, "num_samples": len(facts), "num_tokens": len(samples.tokens_T),
+        "num_masked": int(masks.num_masked_B.sum()), "size_bytes": len(image),
+        "sha256": hashlib.sha256(image).hexdigest(),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """B stored samples with one mask set each, as they are in the shards. L, P: see the module."""
+    """B samples with one mask set each. L = the data set's max_length_tokens, P = the most masked tokens of a sample."""
 
     tokens_BL: np.ndarray
+    """Behind a sample's end the [PAD] id."""
     length_B: np.ndarray
     segment_boundary_B: np.ndarray
     num_masked_B: np.ndarray
     positions_BP: np.ndarray
+    """In factorization order; unused places of the three arrays are 0."""
     turns_BP: np.ndarray
     shown_BP: np.ndarray
 
@@ -131,6 +115,65 @@ class SampleBatch:
     def as_int64(self) -> SampleBatch:
         """The same for arithmetic, in which small unsigned integers would wrap."""
         return SampleBatch(**{name: array.astype(np.int64) for name, array in vars(self).items()})
+
+
+def batch_of(
+    samples: Samples, num_masked_B: np.ndarray, places_M: np.ndarray, max_length_tokens: int, pad_id: int
+) -> SampleBatch:
+    """The samples with one of their mask sets, a row each."""
+    max_masked_tokens = max_masked(max_length_tokens, NUM_SPECIAL_TOKENS)
+    masks = (_in_rows(places_M[name], num_masked_B, max_masked_tokens, 0) for name in ("position", "turn", "shown"))
+    tokens_BL = _in_rows(samples.tokens_T, samples.length_B, max_length_tokens, pad_id)
+    return SampleBatch(tokens_BL, samples.length_B, samples.segment_boundary_B, num_masked_B, *masks)
+
+
+def _in_rows(values: np.ndarray, count_B: np.ndarray, width: int, unused: int) -> np.ndarray:
+    rows = np.full((len(count_B), width), unused, dtype=values.dtype)
+    rows[np.arange(width, dtype=np.uint16) < count_B[:, None]] = values
+    return rows
+
+
+class _Shard:
+    """An open shard file. Raises OSError, KeyError or RuntimeError where what is read is damaged."""
+
+    def __init__(self, path: Path, max_length_tokens: int) -> None:
+        self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no cache: little is read twice
+        if self._file.attrs.get("format") != np.bytes_(FORMAT) or self._file.attrs.get("version") != VERSION:
+            raise ValueError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
+        self._tokens, self._masks, self._samples = (self._file[name] for name in ("tokens", "masks", "samples"))
+        self._samples = self._samples[:]
+        self._token_edges, self._mask_edges = (
+            np.concatenate([[0], np.cumsum(self._samples[name], dtype=np.int64)]) for name in ("length", "num_masked")
+        )
+        longest = self._samples["length"].max(), self._samples["num_masked"].max()
+        if (
+            (self._token_edges[-1], self._mask_edges[-1]) != (len(self._tokens), self._masks.shape[1])
+            or longest[0] > max_length_tokens
+            or longest[1] > max_masked(max_length_tokens, NUM_SPECIAL_TOKENS)
+        ):
+            raise OSError("the lengths of its samples are wrong")
+
+    def read_samples(self, rows: slice, tokenizer: Tokenizer) -> Samples:
+        """Samples without their masks."""
+        facts = self._samples[rows]
+        tokens = self._tokens[self._token_edges[rows.start] : self._token_edges[rows.start + len(facts)]]
+        # A chunk that a crash has left as zeros has a right checksum: fletcher32 of zeros is zero.
+        for token_id, expected in ((tokenizer.sos_id, len(facts)), (tokenizer.eos_id, 2 * len(facts))):
+            if (found := np.count_nonzero(tokens == token_id)) != expected:
+                raise OSError(f"{found} of {expected} {tokenizer.piece(token_id)} in {len(facts)} samples")
+        return Samples(tokens, facts["length"], facts["segment_boundary"])
+
+    def read_masks(self, rows: slice, mask_set: int) -> tuple[np.ndarray, np.ndarray]:
+        """The number of masked tokens of each sample, and their places, one sample behind the other."""
+        num_masked_B = self._samples["num_masked"][rows]
+        stop = rows.start + len(num_masked_B)
+        places = self._masks[mask_set, self._mask_edges[rows.start] : self._mask_edges[stop]]
+        if not places["position"].all():
+            raise OSError("zeros in place of masks")
+        return num_masked_B, places
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class DataSet:
@@ -154,7 +197,7 @@ class DataSet:
                 f"expected {self.manifest['tokenizer']['sha256'][:12]}); put the right file back or build the data anew"
             )
         self.tokenizer = load_tokenizer(path)
-        self._open_files: OrderedDict[Path, h5py.File] = OrderedDict()
+        self._open_shards: OrderedDict[Path, _Shard] = OrderedDict()
 
     def num_samples(self, split: Split) -> int:
         """Samples in a split."""
@@ -166,20 +209,16 @@ class DataSet:
         Every shard but the last holds a whole number of chunks, so chunks are numbered through the split.
         Raises ValueError, naming the file, where a checksum does not hold.
         """
-        shard, row = divmod(chunk * CHUNK_SAMPLES, self.parameters["shard_samples"])
-        path = self.folder / self.manifest["splits"][split][shard]["file"]
+        index, row = divmod(chunk * CHUNK_SAMPLES, self.parameters["shard_samples"])
         rows = slice(row, row + CHUNK_SAMPLES)
-        try:
-            file = self._open(path)
-            stored = {name: file[name][rows] for name in ("tokens", "length", "segment_boundary", "num_masked")}
-            stored |= {name: file[name][rows, mask_set] for name in ("masked_positions", "turns", "shown")}
-            _refuse_lost_chunks(stored)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise ValueError(_damaged(path, error)) from None
-        return SampleBatch(
-            stored["tokens"], stored["length"], stored["segment_boundary"], stored["num_masked"],
-            stored["masked_positions"], stored["turns"], stored["shown"],
-        )  # fmt: skip
+        with self._shard(split, index) as shard:
+            samples, masks = shard.read_samples(rows, self.tokenizer), shard.read_masks(rows, mask_set)
+        return batch_of(samples, *masks, self.max_length_tokens, self.tokenizer.pad_id)
+
+    def read_shard(self, split: Split, index: int) -> Samples:
+        """All samples of a shard, without their masks. Raises ValueError, naming the file, where a checksum does not hold."""
+        with self._shard(split, index) as shard:
+            return shard.read_samples(slice(0, None), self.tokenizer)
 
     def read_samples(self, split: Split, first: int, stop: int, mask_set: int = 0) -> SampleBatch:
         """Consecutive samples first .. stop - 1, for looking at them."""
@@ -187,33 +226,28 @@ class DataSet:
         start = chunks.start * CHUNK_SAMPLES
         return concatenate([self.read_chunk(split, c, mask_set) for c in chunks])[first - start : stop - start]
 
-    def _open(self, path: Path) -> h5py.File:
-        if path in self._open_files:
-            self._open_files.move_to_end(path)
-            return self._open_files[path]
-        if len(self._open_files) >= _MAX_OPEN_FILES:
-            self._open_files.popitem(last=False)[1].close()
-        file = h5py.File(path, "r", locking=False)
-        if file.attrs.get("format") != np.bytes_(FORMAT) or file.attrs.get("version") != VERSION:
-            raise ValueError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
-        return self._open_files.setdefault(path, file)
+    @contextmanager
+    def _shard(self, split: Split, index: int) -> Iterator[_Shard]:
+        path = self.folder / self.manifest["splits"][split][index]["file"]
+        try:
+            if path not in self._open_shards:
+                if len(self._open_shards) >= _MAX_OPEN_FILES:
+                    self._open_shards.popitem(last=False)[1].close()
+                self._open_shards[path] = _Shard(path, self.max_length_tokens)
+            self._open_shards.move_to_end(path)
+            yield self._open_shards[path]
+        except (OSError, KeyError, RuntimeError) as error:
+            raise ValueError(_damaged(path, error)) from None
 
     def close(self) -> None:
         """Close the open shard files."""
-        while self._open_files:
-            self._open_files.popitem()[1].close()
+        while self._open_shards:
+            self._open_shards.popitem()[1].close()
 
 
 def concatenate(batches: list[SampleBatch]) -> SampleBatch:
     """The samples of all batches, one behind the other."""
     return SampleBatch(**{name: np.concatenate([vars(b)[name] for b in batches]) for name in vars(batches[0])})
-
-
-def _refuse_lost_chunks(stored: dict[str, np.ndarray]) -> None:
-    """A chunk that a crash has left as zeros has a right checksum: fletcher32 of zeros is zero."""
-    zeros = {name for name, array in stored.items() if not array.any()}
-    if zeros and zeros != {"num_masked", "masked_positions", "turns", "shown"}:  # no token could be masked: [UNK] alone
-        raise OSError(f"nothing but zeros in {', '.join(sorted(zeros))}")
 
 
 def _damaged(path: Path, error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """The first stage of a build: what becomes of a unit of the input, and the files that hold it until the shards are written.
 
-unit-00000012.npz     of each split, the ids of its texts, one behind the other, and where each text ends
+unit-00000012.npz     of each split, the ids of its texts, one behind the other, and how many of each
 unit-00000012.json    counts of documents and samples; written last: without it the unit is not done
 """
 
@@ -8,62 +8,67 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.corpus import Document
+from data_prep.corpus import Document, text_bytes
 from data_prep.files import read_json, write_json, write_whole
-from data_prep.packing import MIN_DOCUMENT_TOKENS, cut_into_texts
+from data_prep.packing import MIN_DOCUMENT_TOKENS, Texts, cut_into_texts
 from data_prep.parameters import BuildParameters
 from data_prep.shards import SPLITS, Split, token_dtype
 from data_prep.tokenizer import Tokenizer
 
 _LENGTH = "documents_of_tokens_"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts of a unit: text i is ids[ends[i - 1] : ends[i]]."""
-
-    ids: np.ndarray
-    ends: np.ndarray
-
-    def __getitem__(self, text: int) -> np.ndarray:
-        return self.ids[self.ends[text - 1] if text else 0 : self.ends[text]]
+_GROUP_CHARACTERS = 2**18  # encoded in one call
 
 
 def tokenize(
     documents: Iterable[Document], tokenizer: Tokenizer, parameters: BuildParameters
 ) -> tuple[dict[Split, Texts], Counter[str]]:
     """The documents as texts that fit a sample, and counts of what became of them."""
-    texts: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
-    counts: Counter[str] = Counter()
-    for document in documents:
-        document_hash = document.hash
-        split: Split = "validation" if document_hash < parameters.validation_fraction * 2**64 else "train"
-        ids = tokenizer.encode(document.lines)
-        if len(ids) < MIN_DOCUMENT_TOKENS:
-            counts["too_short"] += 1
-            continue
-        counts[split] += 1
-        counts["text_bytes"] += document.size_bytes
-        counts["text_tokens"] += len(ids)
-        counts[f"{_LENGTH}{len(ids) - len(ids) % bin_width(len(ids))}"] += 1
-        texts[split] += cut_into_texts(
-            ids, parameters.max_length_tokens, short_sample_probability=parameters.short_sample_probability,
-            seed=parameters.seed, document_hash=document_hash,
-        )  # fmt: skip
     token = token_dtype(tokenizer.vocab_size)
-    stored: dict[Split, Texts] = {}
-    for split, of_split in texts.items():
-        counts[f"{split}_samples"] = len(of_split)
-        ids = np.concatenate([np.zeros(0, token), *of_split], dtype=token, casting="unsafe")
-        stored[split] = Texts(ids, np.cumsum([len(text) for text in of_split], dtype=np.int64))
-    return stored, counts
+    ids, num_ids, hashes = [np.zeros(0, token)], [np.zeros(0, np.int64)], []
+    counts: Counter[str] = Counter()
+    for group in _groups(documents):
+        group_ids, group_num_ids = tokenizer.encode_documents([document.lines for document in group])
+        ids.append(group_ids.astype(token))
+        num_ids.append(group_num_ids)
+        hashes += [document.hash for document in group]
+        counts["text_bytes"] += text_bytes([group[i] for i in np.flatnonzero(group_num_ids >= MIN_DOCUMENT_TOKENS)])
+    ids_N, num_ids_D, hash_D = np.concatenate(ids), np.concatenate(num_ids), np.array(hashes, dtype=np.uint64)
+    is_long_D = num_ids_D >= MIN_DOCUMENT_TOKENS
+    is_held_out_D = hash_D < np.uint64(ceil(parameters.validation_fraction * 2**64))
+    texts: dict[Split, Texts] = {}
+    for split in SPLITS:
+        is_chosen_D = is_long_D & (is_held_out_D == (split == "validation"))
+        num_ids_B = cut_into_texts(
+            num_ids_D[is_chosen_D], hash_D[is_chosen_D], parameters.max_length_tokens,
+            short_sample_probability=parameters.short_sample_probability, seed=parameters.seed,
+        )  # fmt: skip
+        texts[split] = Texts(ids_N[np.repeat(is_chosen_D, num_ids_D)], num_ids_B)
+        counts[split], counts[f"{split}_samples"] = int(np.count_nonzero(is_chosen_D)), len(num_ids_B)
+    counts["too_short"] = int(np.count_nonzero(~is_long_D))
+    counts["text_tokens"] = int(num_ids_D[is_long_D].sum())
+    for length, count in zip(*np.unique(num_ids_D[is_long_D], return_counts=True), strict=True):
+        counts[f"{_LENGTH}{length - length % bin_width(int(length))}"] += int(count)
+    return texts, counts
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        group.append(document)
+        num_characters += document.num_characters
+        if num_characters >= _GROUP_CHARACTERS:
+            yield group
+            group, num_characters = [], 0
+    if group:
+        yield group
 
 
 def bin_width(length: int) -> int:
@@ -102,7 +107,7 @@ def write_unit(work: Path, unit: int, texts: dict[Split, Texts], counts: Counter
 def read_texts(work: Path, unit: int, split: Split) -> Texts:
     """The texts of a unit."""
     with np.load(_file(work, unit, "npz"), allow_pickle=False) as stored:
-        return Texts(stored[f"{split}_ids"], stored[f"{split}_ends"])
+        return Texts(stored[f"{split}_ids"], stored[f"{split}_num_ids_B"])
 
 
 def read_counts(work: Path, unit: int) -> dict[str, int]:

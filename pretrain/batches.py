@@ -7,16 +7,16 @@ micro batch, nor restarts, and the only state is the number of samples consumed.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numba
 import numpy as np
 
-from data_prep.draws import Decision, draw_words
+from data_prep.draws import Decision, draw_words, word_of
 from data_prep.shards import CHUNK_SAMPLES, DataSet, SampleBatch, Split, concatenate
 from pretrain.layout import Layout, Objective, pseudo_masked_layout
 
@@ -46,15 +46,15 @@ class SampleOrder:
 
     def samples(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and sample number of each of the run's places first .. stop - 1, counted from the run's start."""
-        places = np.arange(first, stop)
-        epochs, places_in_epoch = np.divmod(places, self.num_samples)
-        windows = np.minimum(places_in_epoch // self._window_samples, self._num_windows - 1)
-        samples = np.empty_like(places)
-        for epoch, window in sorted(set(zip(epochs.tolist(), windows.tolist(), strict=True))):
-            here = (epochs == epoch) & (windows == window)
-            order = self._window(epoch, window)
-            samples[here] = order[places_in_epoch[here] - window * self._window_samples]
-        return epochs, samples
+        parts = []
+        place = first
+        while place < stop:
+            epoch, place_in_epoch = divmod(place, self.num_samples)
+            window = min(place_in_epoch // self._window_samples, self._num_windows - 1)
+            place_in_window = place_in_epoch - window * self._window_samples
+            parts.append(self._window(epoch, window)[place_in_window : place_in_window + stop - place])
+            place += len(parts[-1])
+        return np.arange(first, stop) // self.num_samples, np.concatenate([np.zeros(0, np.int64), *parts])
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
         key = (epoch, window)
@@ -66,43 +66,60 @@ class SampleOrder:
 
     def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
         first = window * self._window_chunks
-        places = range(first, min(first + self._window_chunks, self._num_whole_chunks))
-        chunks = [
-            permuted(place, self._num_whole_chunks, f"{self._seed} {Decision.CHUNK_ORDER} {epoch}") for place in places
-        ]
-        starts = np.array(chunks, dtype=np.int64)[:, None] * CHUNK_SAMPLES
-        samples = (starts + np.arange(CHUNK_SAMPLES)).ravel()
+        places = np.arange(first, min(first + self._window_chunks, self._num_whole_chunks))
+        chunks = permuted(places, self._num_whole_chunks, self._seed, epoch)
+        samples = (chunks[:, None] * CHUNK_SAMPLES + np.arange(CHUNK_SAMPLES)).ravel()
         if window == self._num_windows - 1:
             samples = np.concatenate([samples, np.arange(self._num_whole_chunks * CHUNK_SAMPLES, self.num_samples)])
         words = draw_words(self._seed, Decision.ORDER_IN_WINDOW, window, 1, self._window_samples + CHUNK_SAMPLES, epoch)
-        return samples[np.argsort(words[0, : len(samples)], kind="stable")]
+        shuffled: np.ndarray = samples[_order_of(words[0, : len(samples)])]
+        return shuffled
 
 
-def permuted(place: int, size: int, key: str) -> int:
-    """The image of `place` under a keyed permutation of range(size), in constant memory.
+def _order_of(words: np.ndarray) -> np.ndarray:
+    """A permutation by sorting random words, each with its place in its low bits: no two are equal, so that every way of
+    sorting gives the same."""
+    bits = np.uint64(len(words).bit_length())
+    places = np.arange(len(words), dtype=np.uint64)
+    return np.sort(words << bits | places) & ((np.uint64(1) << bits) - np.uint64(1))
+
+
+def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of `places` under the epoch's permutation of range(size), int64, in constant memory.
 
     A Feistel network over the next power of four; what falls outside the range walks on until it is inside.
     """
+    keys = draw_words(seed, Decision.CHUNK_ORDER, epoch, 1, _FEISTEL_ROUNDS)[0]
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    images = np.empty(len(places), dtype=np.int64)
+    _walk(places.astype(np.int64), size, keys, half_bits, images)
+    return images
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _walk(places: np.ndarray, size: int, keys: np.ndarray, half_bits: int, images: np.ndarray) -> None:
     half_mask = (1 << half_bits) - 1
-    while True:
-        left, right = place >> half_bits, place & half_mask
-        for round_number in range(_FEISTEL_ROUNDS):
-            digest = hashlib.blake2b(f"{key} {round_number} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "big") & half_mask)
-        place = (left << half_bits) | right
-        if place < size:
-            return place
+    for index, place in enumerate(places):
+        image = place
+        while True:
+            left, right = image >> half_bits, image & half_mask
+            for key in keys:
+                left, right = right, left ^ (int(word_of(key, right)) & half_mask)
+            image = (left << half_bits) | right
+            if image < size:
+                break
+        images[index] = image
 
 
-class _Chunks:
-    """Chunks read lately: those of two windows, so that a chunk is read and verified once a window."""
+class RecentChunks:
+    """The samples of a split; chunks read lately are kept: those of two windows, so that a chunk is read and verified once a window."""
 
     def __init__(self, data: DataSet, split: Split) -> None:
         self._data, self._split = data, split
         self._recent: OrderedDict[tuple[int, int], SampleBatch] = OrderedDict()
 
     def read(self, samples: np.ndarray, mask_sets: np.ndarray) -> SampleBatch:
+        """The samples of these numbers, in their order, each with its mask set."""
         chunks = samples // CHUNK_SAMPLES
         keys = sorted(set(zip(chunks.tolist(), mask_sets.tolist(), strict=True)))
         parts, rows = [], []
@@ -149,7 +166,7 @@ class TrainingBatches:
         if not data.num_samples("train"):
             raise ValueError(f"{data.folder}: has no training samples")
         self._order = SampleOrder(data.num_samples("train"), seed)
-        self._chunks = _Chunks(data, "train")
+        self._chunks = RecentChunks(data, "train")
         self._num_mask_sets = data.num_mask_sets
         self._mask_id = data.tokenizer.mask_id
         self._objective, self._share, self._one_shape = objective, share, one_shape
@@ -214,7 +231,7 @@ def validation_batches(
 ) -> list[Layout]:
     """The rank's micro batches of the first `max_samples` validation samples, with mask set 0; may be empty."""
     num_samples = min(max_samples, data.num_samples("validation"))
-    chunks = _Chunks(data, "validation")
+    chunks = RecentChunks(data, "validation")
     layouts = []
     for first in range(share.rank * share.micro_batch, num_samples, share.world_size * share.micro_batch):
         samples = np.arange(first, min(first + share.micro_batch, num_samples))

@@ -7,14 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.masking import draw_mask_set, max_masked
-from data_prep.packing import assemble
-from data_prep.shards import SampleBatch
+from data_prep.masking import draw_masks
+from data_prep.packing import Texts, assemble, cut_into_texts
+from data_prep.shards import SampleBatch, batch_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
@@ -28,15 +29,23 @@ def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_leng
     texts = [
         random.integers(5, VOCAB_SIZE, random.integers(min_length, max_length + 1) - 3) for _ in range(num_samples)
     ]
-    samples = assemble(texts, max_length, seed=seed, first_sample=0, sos_id=SOS, eos_id=EOS, pad_id=PAD)
-    masks = draw_mask_set(
-        samples.tokens_BL, samples.length_B, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK,
-        max_masked_tokens=max_masked(max_length, 3), seed=seed, first_sample=0, mask_set=0,
+    samples = assemble(texts_of(texts), seed=seed, first_sample=0, sos_id=SOS, eos_id=EOS)
+    masks = draw_masks(
+        samples, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK, mask_sets=1, seed=seed,
+        first_sample=0,
     )  # fmt: skip
-    return SampleBatch(
-        samples.tokens_BL, samples.length_B, samples.segment_boundary_B, masks.num_masked_B,
-        masks.positions_BP, masks.turns_BP, masks.shown_BP,
-    )  # fmt: skip
+    return batch_of(samples, masks.num_masked_B, masks.places_KM[0], max_length, PAD)
+
+
+def texts_of(texts: Sequence[np.ndarray]) -> Texts:
+    """Texts given one by one."""
+    return Texts(np.concatenate(texts), np.array([len(text) for text in texts]))
+
+
+def cut_document(ids: np.ndarray, max_length: int, document_hash: int = 0, **short: Any) -> list[np.ndarray]:
+    """The pieces into which `cut_into_texts` cuts a document."""
+    hash_D = np.array([document_hash], dtype=np.uint64)
+    return np.split(ids, np.cumsum(cut_into_texts(np.array([len(ids)]), hash_D, max_length, **short))[:-1])
 
 
 def deepspeed_json(path: Path, **changes: Any) -> Path:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tokenizers
-from support import REPOSITORY, run_command
+from support import REPOSITORY, run_command, texts_of
 
 from data_prep.__main__ import main
 from data_prep.build import build
@@ -96,8 +95,8 @@ def corpus_ids(sample_corpus: Path, tokenizer: Tokenizer) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def assemble_texts(tokenizer: Tokenizer) -> Callable[..., Samples]:
-    """`assemble` with the special ids of the tokenizer."""
-    return partial(assemble, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    """`assemble` of texts given one by one, with the special ids of the tokenizer."""
+    return lambda texts, **key: assemble(texts_of(texts), sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id, **key)
 
 
 @pytest.fixture(scope="session")

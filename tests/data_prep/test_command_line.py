@@ -153,12 +153,10 @@ def test_inspect_shows_the_stored_masks(
     done = data_prep_command("inspect", "--data", data_folder, "--count", 1)
     text = next(line for line in done.stdout.splitlines() if line.startswith("[SOS]"))
     with h5py.File(data_folder / "train-00000.h5") as file:
-        num_masked, turns = int(file["num_masked"][0]), file["turns"][0, 0]
-        masked = [
-            tokenizer.piece(i).lstrip("▁") for i in file["tokens"][0][file["masked_positions"][0, 0, :num_masked]]
-        ]
-    for turn, piece in zip(turns, masked, strict=False):
-        assert f"{{{turn}:{piece}>" in text
+        masked = file["masks"][0, : int(file["samples"][0]["num_masked"])]
+        originals = file["tokens"][: int(file["samples"][0]["length"])][masked["position"]]
+    for turn, original in zip(masked["turn"], originals, strict=True):
+        assert f"{{{turn}:{tokenizer.piece(original).lstrip('▁')}>" in text
 
 
 @pytest.mark.slow
@@ -362,8 +360,13 @@ def test_the_disk_is_full_for_a_data_set(
 ) -> None:
     """No data set, and no shard but whole ones; the file named is the one that did not fit."""
     whole = {path.name: path.read_bytes() for path in data_folder.iterdir()}
-    shards_bytes = [len(whole[name]) for name in sorted(whole) if name.endswith(".h5")]
-    unit_bytes = 2**16 + 2**14  # the texts of the nine chapters, which are there beside the shards
+    page_bytes = 2**12
+    shards_bytes = [
+        -(-len(whole[name]) // page_bytes) * page_bytes + page_bytes  # with its entry of the manifest
+        for name in sorted(whole)
+        if name.endswith(".h5")
+    ]
+    unit_bytes = 18 * page_bytes  # the texts of the nine chapters, which are there beside the shards
     size_bytes = (
         unit_bytes + {"nothing": 2**14, "one shard": shards_bytes[0] + 2**14, "all shards": sum(shards_bytes)}[fits]
     )

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 import pytest
 
-from data_prep.draws import Decision, draw_one_by_one, draw_words, scale_high_bits
+from data_prep.draws import Decision, draw_words, scale_high_bits, unit_interval, word_of
 
 LARGEST_WORD = 2**64 - 1
 
@@ -45,22 +43,22 @@ def test_values_that_stored_data_sets_rely_on() -> None:
     assert draw_words(5, Decision.MASKS, 3, 1, 2, variant=1)[0].tolist() == [8506315779875957605, 4549029752255616134]
 
 
-def test_words_drawn_one_by_one_are_uniform_and_those_of_their_item() -> None:
-    """5,000 words of each of neighbouring keys: as numbers in [0, 1), their mean, variance and correlations."""
-    keys = [
-        (0, Decision.SHORT_SAMPLES, 0),
-        (0, Decision.SHORT_SAMPLES, 1),
-        (1, Decision.SHORT_SAMPLES, 0),
-        (0, Decision.MASKS, 0),
+def test_words_of_neighbouring_keys_are_uniform_and_uncorrelated() -> None:
+    """5,000 words of each as numbers in [0, 1): their mean, variance and correlations."""
+    streams = [
+        [unit_interval(np.uint64(word_of(np.uint64(key), i))) for i in range(5001)]
+        for key in (0, 1, 2, 2**63, 2**64 - 1)
     ]
-    streams = [list(islice(draw_one_by_one(*key), 5001)) for key in keys]
-    assert streams[1] == list(islice(draw_one_by_one(*keys[1]), 5001))
-    numbers = np.array([stream[:-1] for stream in streams] + [streams[0][1:]]) / 2.0**64
+    numbers = np.array([stream[:-1] for stream in streams] + [streams[0][1:]])
     assert np.abs(numbers.mean(axis=1) - 0.5).max() < 4.5 * (1 / 12 / 5000) ** 0.5
     assert np.abs(numbers.var(axis=1) - 1 / 12).max() < 4.5 * (1 / 180 / 5000) ** 0.5
-    correlation = np.corrcoef(numbers)[np.triu_indices(len(numbers), k=1)]
+    correlation = np.corrcoef(numbers[1:])[np.triu_indices(5, k=1)]
     assert np.abs(correlation).max() < 4.4 / np.sqrt(5000)
-    assert next(draw_one_by_one(5, Decision.SHORT_SAMPLES, 2**64 - 1)) == 6432363469758427822
+
+
+def test_the_unit_interval_is_half_open() -> None:
+    assert unit_interval(np.uint64(0)) == 0.0
+    assert unit_interval(np.uint64(LARGEST_WORD)) == 1 - 2.0**-53
 
 
 @pytest.mark.parametrize("bound", [1, 2, 5, 600, 2**31])
@@ -78,3 +76,11 @@ def test_a_bound_for_each_row() -> None:
 def test_the_low_bits_do_not_matter() -> None:
     word = np.array([(3 << 32) | (2**32 - 1)], dtype=np.uint64)
     assert scale_high_bits(word, 2**32) == 3
+
+
+def test_words_of_a_key_are_those_of_splitmix64() -> None:
+    """The first words of its published reference code, seeded with 1234567."""
+    words = [int(word_of(np.uint64(1234567), index)) for index in range(5)]
+    assert words == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
+    ]  # fmt: skip

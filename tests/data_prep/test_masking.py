@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import pytest
@@ -10,158 +11,159 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import masking
-from data_prep.draws import Decision, draw_words
-from data_prep.masking import MaskSet, draw_mask_set, max_masked, num_attempts, num_masked
-from data_prep.packing import NUM_SPECIAL_TOKENS
+from data_prep.draws import Decision, draw_words, word_of
+from data_prep.masking import draw_masks, num_attempts, num_masked
+from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
 from data_prep.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Samples to mask, as `assemble` lays them out."""
-
-    tokens_BL: np.ndarray
-    length_B: np.ndarray
-
-    @property
-    def max_masked_tokens(self) -> int:
-        return max_masked(self.tokens_BL.shape[1], NUM_SPECIAL_TOKENS)
-
-
-def cut_texts(
+def cut_samples(
     corpus_ids: np.ndarray, tokenizer: Tokenizer, *, num_samples: int, max_length: int, unk_share: float, seed: int
-) -> Texts:
-    """Stretches of real text, 8 tokens to full, in which a share of the tokens is made unknown."""
+) -> list[np.ndarray]:
+    """Samples of real text, 8 tokens to full, in which a share of the tokens is made unknown."""
     random = np.random.default_rng(seed)
-    tokens_BL = np.full((num_samples, max_length), tokenizer.pad_id, dtype=np.int32)
-    length_B = random.integers(8 + NUM_SPECIAL_TOKENS, max_length, num_samples, endpoint=True).astype(np.int32)
-    for row, length in zip(tokens_BL, length_B, strict=True):
+    samples = []
+    for length in random.integers(8 + NUM_SPECIAL_TOKENS, max_length, num_samples, endpoint=True):
         start = random.integers(len(corpus_ids) - length)
-        row[:length] = corpus_ids[start : start + length]
-        row[:length][random.random(length) < unk_share] = tokenizer.unk_id
-        row[0] = tokenizer.sos_id
-        row[[random.integers(2, length - 2), length - 1]] = tokenizer.eos_id
-    return Texts(tokens_BL, length_B)
+        sample = corpus_ids[start : start + length].astype(np.uint16)
+        sample[random.random(length) < unk_share] = tokenizer.unk_id
+        sample[0] = tokenizer.sos_id
+        sample[[random.integers(2, length - 2), length - 1]] = tokenizer.eos_id
+        samples.append(sample)
+    return samples
 
 
-def draw(texts: Texts, tokenizer: Tokenizer, *, seed: int = 0, first_sample: int = 0, mask_set: int = 0) -> MaskSet:
-    return draw_mask_set(
-        texts.tokens_BL, texts.length_B, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
-        mask_id=tokenizer.mask_id, max_masked_tokens=texts.max_masked_tokens, seed=seed, first_sample=first_sample,
-        mask_set=mask_set,
+Drawn = list[tuple[list[int], list[int], list[int]]]
+"""Of each sample, the positions, turns and shown ids of its masked tokens."""
+
+
+def draw(
+    samples: list[np.ndarray], tokenizer: Tokenizer, *, seed: int = 0, first_sample: int = 0, mask_set: int = 0
+) -> Drawn:
+    length_B = np.array([len(sample) for sample in samples])
+    masks = draw_masks(
+        Samples(np.concatenate(samples), length_B, length_B // 2), special_ids=tokenizer.special_ids,
+        normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id, mask_sets=mask_set + 1, seed=seed,
+        first_sample=first_sample,
     )  # fmt: skip
+    assert masks.places_KM.shape == (mask_set + 1, masks.num_masked_B.sum())
+    of_samples = np.split(masks.places_KM[mask_set], np.cumsum(masks.num_masked_B)[:-1])
+    return [tuple(places[name].tolist() for name in ("position", "turn", "shown")) for places in of_samples]  # type: ignore[misc]
+
+
+def words_of(seed: int, sample: int, mask_set: int) -> Iterator[int]:
+    """The words of a sample, one by one: SplitMix64 from a word of Philox."""
+    key = int(draw_words(seed, Decision.MASKS, sample, 1, 1, variant=mask_set)[0, 0])
+    return (int(word_of(np.uint64(key), index)) for index in count())
 
 
 def algorithm_1(
-    ids: list[int], words: list[int], attempts: int, tokenizer: Tokenizer
+    ids: list[int], words: Iterator[int], attempts: int, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], list[int]]:
-    """Positions, turns and shown ids of one text (its special tokens included, its padding not) from its raw words.
+    """Positions, turns and shown ids of one sample from its raw words, used one after the other.
 
-    Word a gives the start of attempt a (upper half), whether it is a block and how long (lower half); one word for each
-    masked token follows: what is shown (upper half) and which random id (lower half).
+    The word of an attempt gives its start (upper half), whether it is a block and how long (lower half); behind an attempt
+    that succeeds comes one word for each token of it: what is shown (upper half) and which random id (lower half).
     """
     maskable = [position for position, token in enumerate(ids) if token not in tokenizer.special_ids]
     target = max(1, int(0.15 * len(maskable) + 0.5 + 1e-9)) if maskable else 0
     positions: list[int] = []
     turns: list[int] = []
-    for attempt in range(attempts):
+    shown: list[int] = []
+
+    def mask(block: Sequence[int]) -> None:
+        turns.extend([max(turns, default=0) + 1] * len(block))
+        for position in block:
+            positions.append(position)
+            upper, lower = divmod(next(words), 2**32)
+            random_id = int(tokenizer.normal_ids[lower * len(tokenizer.normal_ids) >> 32])
+            kept = random_id if upper < 0.9 * 2**32 else ids[position]
+            shown.append(tokenizer.mask_id if upper < 0.8 * 2**32 else kept)
+
+    for _ in range(attempts):
         if len(positions) == target:
             break
-        upper, lower = divmod(words[attempt], 2**32)
+        upper, lower = divmod(next(words), 2**32)
         start = upper * len(ids) >> 32
         is_block_below = round(0.4 * 2**32)
         length = 2 + lower * 5 // is_block_below if lower < is_block_below else 1
         block = range(start, start + min(length, target - len(positions)))
         if all(position in maskable and position not in positions for position in block):
-            turns += [max(turns, default=0) + 1] * len(block)
-            positions += block
+            mask(block)
     while len(positions) < target:  # the attempts ran out
-        turns.append(max(turns, default=0) + 1)
-        positions.append(next(position for position in maskable if position not in positions))
-    shown = []
-    for position, word in zip(positions, words[attempts:], strict=False):
-        upper, lower = divmod(word, 2**32)
-        random_id = int(tokenizer.normal_ids[lower * len(tokenizer.normal_ids) >> 32])
-        shown.append(tokenizer.mask_id if upper < 0.8 * 2**32 else random_id if upper < 0.9 * 2**32 else ids[position])
+        mask([next(position for position in maskable if position not in positions)])
     return positions, turns, shown
 
 
-def assert_is_algorithm_1(masks: MaskSet, texts: Texts, words: np.ndarray, attempts: int, tokenizer: Tokenizer) -> None:
-    for row, length in enumerate(texts.length_B):
-        ids = texts.tokens_BL[row, :length].tolist()
-        positions, turns, shown = algorithm_1(ids, words[row].tolist(), attempts, tokenizer)
-        unused = [0] * (texts.max_masked_tokens - len(positions))
-        assert masks.num_masked_B[row] == len(positions)
-        assert masks.positions_BP[row].tolist() == positions + unused
-        assert masks.turns_BP[row].tolist() == turns + unused
-        assert masks.shown_BP[row].tolist() == shown + unused
+def assert_is_algorithm_1(
+    samples: list[np.ndarray], tokenizer: Tokenizer, attempts: int | None = None, **key: int
+) -> None:
+    drawn = draw(samples, tokenizer, **key)
+    for number, (sample, found) in enumerate(zip(samples, drawn, strict=True), start=key.get("first_sample", 0)):
+        words = words_of(key.get("seed", 0), number, key.get("mask_set", 0))
+        allowed = int(num_attempts(np.array(len(found[0])))) if attempts is None else attempts
+        assert found == algorithm_1(sample.tolist(), words, allowed, tokenizer)
 
 
 @pytest.mark.parametrize("unk_share", [0.0, 0.05, 0.9, 1.0])
 @pytest.mark.parametrize("max_length", [11, 12, 40, 128, 512])
 def test_equals_algorithm_1(corpus_ids: np.ndarray, tokenizer: Tokenizer, max_length: int, unk_share: float) -> None:
-    num_samples, first_sample = max(10, 1000 // max_length), 2**48 + 5
-    texts = cut_texts(
-        corpus_ids, tokenizer, num_samples=num_samples, max_length=max_length, unk_share=unk_share, seed=max_length
+    samples = cut_samples(
+        corpus_ids, tokenizer, num_samples=max(10, 1000 // max_length), max_length=max_length, unk_share=unk_share,
+        seed=max_length,
     )  # fmt: skip
-    attempts = num_attempts(texts.max_masked_tokens)
     for mask_set in (0, 1, 7):
-        num_words = attempts + texts.max_masked_tokens
-        words = draw_words(3, Decision.MASKS, first_sample, num_samples, num_words, variant=mask_set)
-        masks = draw(texts, tokenizer, seed=3, first_sample=first_sample, mask_set=mask_set)
-        assert_is_algorithm_1(masks, texts, words, attempts, tokenizer)
+        assert_is_algorithm_1(samples, tokenizer, seed=3, first_sample=2**48 + 5, mask_set=mask_set)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     num_samples=st.integers(1, 8), max_length=st.integers(11, 96), unk_share=st.floats(0, 1),
-    seed=st.integers(0, 2**63 - 1), mask_set=st.integers(0, 2**16), first_sample=st.integers(0, 2**49),
+    seed=st.integers(0, 2**63 - 1), mask_set=st.integers(0, 20), first_sample=st.integers(0, 2**49),
 )  # fmt: skip
 def test_equals_algorithm_1_for_any_key(
     corpus_ids: np.ndarray, tokenizer: Tokenizer, num_samples: int, max_length: int, unk_share: float, seed: int,
     mask_set: int, first_sample: int,
 ) -> None:  # fmt: skip
-    texts = cut_texts(
+    samples = cut_samples(
         corpus_ids, tokenizer, num_samples=num_samples, max_length=max_length, unk_share=unk_share, seed=seed
     )  # fmt: skip
-    attempts = num_attempts(texts.max_masked_tokens)
-    num_words = attempts + texts.max_masked_tokens
-    words = draw_words(seed, Decision.MASKS, first_sample, num_samples, num_words, variant=mask_set)
-    masks = draw(texts, tokenizer, seed=seed, first_sample=first_sample, mask_set=mask_set)
-    assert_is_algorithm_1(masks, texts, words, attempts, tokenizer)
+    assert_is_algorithm_1(samples, tokenizer, seed=seed, first_sample=first_sample, mask_set=mask_set)
 
 
 @pytest.mark.parametrize("attempts", [0, 1, 5, 20])
 def test_equals_algorithm_1_when_the_attempts_run_out(
     corpus_ids: np.ndarray, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, attempts: int
 ) -> None:
-    monkeypatch.setattr(masking, "num_attempts", lambda max_masked_tokens: attempts)
-    texts = cut_texts(corpus_ids, tokenizer, num_samples=60, max_length=200, unk_share=0.3, seed=attempts)
-    words = draw_words(1, Decision.MASKS, 0, 60, attempts + texts.max_masked_tokens)
-    masks = draw(texts, tokenizer, seed=1)
-    assert_is_algorithm_1(masks, texts, words, attempts, tokenizer)
+    monkeypatch.setattr(masking, "num_attempts", lambda num_masked_B: np.full_like(num_masked_B, attempts))
+    samples = cut_samples(corpus_ids, tokenizer, num_samples=60, max_length=200, unk_share=0.3, seed=attempts)
+    assert_is_algorithm_1(samples, tokenizer, attempts, seed=1)
 
 
 @pytest.mark.parametrize("max_length", [11, 64, 512])
 def test_does_not_depend_on_how_samples_are_split_into_calls(
     corpus_ids: np.ndarray, tokenizer: Tokenizer, max_length: int
 ) -> None:
-    texts = cut_texts(corpus_ids, tokenizer, num_samples=50, max_length=max_length, unk_share=0.1, seed=0)
-    together = draw(texts, tokenizer, seed=9, first_sample=1000, mask_set=2)
+    samples = cut_samples(corpus_ids, tokenizer, num_samples=50, max_length=max_length, unk_share=0.1, seed=0)
+    together = draw(samples, tokenizer, seed=9, first_sample=1000, mask_set=2)
     for start, stop in [(0, 1), (1, 20), (20, 50)]:
-        part = Texts(texts.tokens_BL[start:stop], texts.length_B[start:stop])
-        masks = draw(part, tokenizer, seed=9, first_sample=1000 + start, mask_set=2)
-        for name, array in vars(masks).items():
-            np.testing.assert_array_equal(array, vars(together)[name][start:stop], err_msg=name)
+        part = draw(samples[start:stop], tokenizer, seed=9, first_sample=1000 + start, mask_set=2)
+        assert part == together[start:stop]
 
 
 def test_other_samples_of_a_call_change_nothing(corpus_ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    texts = cut_texts(corpus_ids, tokenizer, num_samples=20, max_length=64, unk_share=0, seed=0)
-    others = cut_texts(corpus_ids, tokenizer, num_samples=20, max_length=64, unk_share=0.5, seed=1)
-    others.tokens_BL[7], others.length_B[7] = texts.tokens_BL[7], texts.length_B[7]
-    alone, among_others = draw(texts, tokenizer), draw(others, tokenizer)
-    np.testing.assert_array_equal(alone.positions_BP[7], among_others.positions_BP[7])
-    np.testing.assert_array_equal(alone.shown_BP[7], among_others.shown_BP[7])
+    samples = cut_samples(corpus_ids, tokenizer, num_samples=20, max_length=64, unk_share=0, seed=0)
+    others = cut_samples(corpus_ids, tokenizer, num_samples=20, max_length=64, unk_share=0.5, seed=1)
+    others[7] = samples[7]
+    assert draw(samples, tokenizer)[7] == draw(others, tokenizer)[7]
+
+
+def test_other_mask_sets_of_a_call_change_nothing(corpus_ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    samples = Samples(corpus_ids[:900].astype(np.uint16), np.full(9, 100), np.full(9, 50))
+    settings = {"special_ids": tokenizer.special_ids, "normal_ids": tokenizer.normal_ids, "mask_id": tokenizer.mask_id}
+    one, many = (draw_masks(samples, mask_sets=k, seed=4, first_sample=0, **settings) for k in (1, 5))
+    np.testing.assert_array_equal(many.places_KM[:1], one.places_KM)
+    assert (many.places_KM[1:]["position"] != one.places_KM["position"]).mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -173,22 +175,13 @@ def test_fifteen_percent_halves_up_at_least_one(maskable: int, masked: int) -> N
 
 
 def test_a_text_of_special_tokens_has_no_masks(tokenizer: Tokenizer) -> None:
-    tokens_BL = np.full((1, 32), tokenizer.pad_id, dtype=np.int32)
-    tokens_BL[0, :12] = [
-        tokenizer.sos_id,
-        *[tokenizer.unk_id] * 4,
-        tokenizer.eos_id,
-        *[tokenizer.unk_id] * 5,
-        tokenizer.eos_id,
-    ]
-    masks = draw(Texts(tokens_BL, np.array([12])), tokenizer)
-    assert not any(array.any() for array in vars(masks).values())
+    unknown, eos = [tokenizer.unk_id], [tokenizer.eos_id]
+    sample = np.array([tokenizer.sos_id, *unknown * 4, *eos, *unknown * 5, *eos], dtype=np.uint16)
+    assert draw([sample, sample], tokenizer) == [([], [], [])] * 2
 
 
 def test_a_single_maskable_token_among_unknown_ones_is_masked(tokenizer: Tokenizer) -> None:
-    tokens_BL = np.full((200, 512), tokenizer.unk_id, dtype=np.int32)
-    tokens_BL[:, 300] = tokenizer.normal_ids[0]
-    masks = draw(Texts(tokens_BL, np.full(200, 512)), tokenizer)
-    assert (masks.num_masked_B == 1).all()
-    assert (masks.positions_BP[:, 0] == 300).all()
-    assert (masks.turns_BP[:, 0] == 1).all()
+    sample = np.full(512, tokenizer.unk_id, dtype=np.uint16)
+    sample[300] = tokenizer.normal_ids[0]
+    drawn = draw([sample] * 200, tokenizer)
+    assert all((positions, turns) == ([300], [1]) for positions, turns, _ in drawn)

@@ -2,26 +2,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from support import cut_document
 
-from data_prep.masking import MaskSet, draw_mask_set, max_masked
-from data_prep.packing import NUM_SPECIAL_TOKENS, Samples, cut_into_texts
+from data_prep.masking import Masks, draw_masks, place_dtype
+from data_prep.packing import Samples
 from data_prep.shards import (
     CHUNK_SAMPLES,
     MANIFEST,
     DataSet,
     SampleBatch,
-    ShardWriter,
+    batch_of,
     check_samples,
     find_faults,
     read_data_manifest,
     token_dtype,
     write_data_manifest,
+    write_shard,
 )
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 
@@ -30,47 +34,50 @@ SHARD_SAMPLES = 256
 TOKENIZER = "tokenizer.model"
 
 
-def write_shard(path: Path, samples: Samples, mask_sets: list[MaskSet], vocab_size: int) -> dict[str, Any]:
-    """All samples of a shard, in blocks of two chunks."""
-    writer = ShardWriter(path, *samples.tokens_BL.shape, len(mask_sets), mask_sets[0].positions_BP.shape[1], vocab_size)
-    for start in range(0, len(samples.length_B), 256):
-        rows = slice(start, start + 256)
-        block = Samples(**{name: array[rows] for name, array in vars(samples).items()})
-        writer.write(block, [MaskSet(**{name: a[rows] for name, a in vars(masks).items()}) for masks in mask_sets])
-    return writer.finish()
+@dataclass(frozen=True)
+class Drawn:
+    """Samples and their masks."""
 
+    samples: Samples
+    masks: Masks
 
-@pytest.fixture(scope="module")
-def samples(corpus_ids: np.ndarray, assemble_texts: Callable[..., Samples]) -> Samples:
-    """One full shard of two chunks and 70 samples of the next; the last is a short one."""
-    texts = cut_into_texts(corpus_ids[: 325 * 61], MAX_LENGTH)
-    return assemble_texts([*texts, corpus_ids[-9:]], MAX_LENGTH, seed=1, first_sample=0)
-
-
-@pytest.fixture(scope="module")
-def mask_sets(samples: Samples, tokenizer: Tokenizer) -> list[MaskSet]:
-    return [
-        draw_mask_set(
-            samples.tokens_BL, samples.length_B, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
-            mask_id=tokenizer.mask_id, max_masked_tokens=max_masked(MAX_LENGTH, NUM_SPECIAL_TOKENS), seed=1,
-            first_sample=0, mask_set=mask_set,
+    def shard(self, first: int, stop: int) -> Drawn:
+        """Samples first .. stop - 1."""
+        samples, masks = self.samples, self.masks
+        tokens, places = (
+            slice(*np.cumsum(np.concatenate([[0], counts]))[[first, stop]])
+            for counts in (samples.length_B, masks.num_masked_B)
         )
-        for mask_set in range(3)
-    ]  # fmt: skip
+        rows = slice(first, stop)
+        return Drawn(
+            Samples(samples.tokens_T[tokens], samples.length_B[rows], samples.segment_boundary_B[rows]),
+            Masks(masks.num_masked_B[rows], masks.places_KM[:, places].copy()),
+        )
+
+    def write(self, path: Path) -> dict[str, Any]:
+        return write_shard(path, self.samples, self.masks, MAX_LENGTH)
+
+    def batch(self, mask_set: int, pad_id: int) -> SampleBatch:
+        return batch_of(self.samples, self.masks.num_masked_B, self.masks.places_KM[mask_set], MAX_LENGTH, pad_id)
 
 
 @pytest.fixture(scope="module")
-def written(
-    samples: Samples, mask_sets: list[MaskSet], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def drawn(corpus_ids: np.ndarray, assemble_texts: Callable[..., Samples], tokenizer: Tokenizer) -> Drawn:
+    """One full shard of two chunks and 70 samples of the next, the last a short one; three mask sets."""
+    texts = cut_document(corpus_ids[: 325 * 61].astype(np.uint16), MAX_LENGTH)
+    samples = assemble_texts([*texts, corpus_ids[-9:].astype(np.uint16)], seed=1, first_sample=0)
+    return Drawn(samples, draw_masks(
+        samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
+        mask_sets=3, seed=1, first_sample=0,
+    ))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(drawn: Drawn, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The samples in two shards, all for training."""
     folder = tmp_path_factory.mktemp("written")
-    entries = []
-    for index, rows in enumerate([slice(0, SHARD_SAMPLES), slice(SHARD_SAMPLES, None)]):
-        shard_samples = Samples(**{name: array[rows] for name, array in vars(samples).items()})
-        shard_masks = [MaskSet(**{name: a[rows] for name, a in vars(masks).items()}) for masks in mask_sets]
-        path = folder / f"train-{index:05d}.h5"
-        entries.append(write_shard(path, shard_samples, shard_masks, tokenizer.vocab_size))
+    shards = [drawn.shard(0, SHARD_SAMPLES), drawn.shard(SHARD_SAMPLES, SHARD_SAMPLES + 70)]
+    entries = [shard.write(folder / f"train-{index:05d}.h5") for index, shard in enumerate(shards)]
     shutil.copy(tokenizer.path, folder / TOKENIZER)
     write_data_manifest(
         folder,
@@ -95,57 +102,96 @@ def batch(data_folder: Path) -> SampleBatch:
 
 
 @pytest.mark.parametrize("mask_set", [0, 1, 2])
-def test_every_array_comes_back(written: Path, samples: Samples, mask_sets: list[MaskSet], mask_set: int) -> None:
+def test_every_array_comes_back(written: Path, drawn: Drawn, tokenizer: Tokenizer, mask_set: int) -> None:
     data = DataSet(written)
-    assert data.num_samples("train") == len(samples.tokens_BL) == SHARD_SAMPLES + 70
+    assert data.num_samples("train") == len(drawn.samples.length_B) == SHARD_SAMPLES + 70
     assert data.num_samples("validation") == 0
+    expected = vars(drawn.batch(mask_set, tokenizer.pad_id))
     for chunk in range(3):
         rows = slice(chunk * CHUNK_SAMPLES, (chunk + 1) * CHUNK_SAMPLES)
-        stored, expected = vars(data.read_chunk("train", chunk, mask_set)), vars(samples) | vars(mask_sets[mask_set])
+        stored = vars(data.read_chunk("train", chunk, mask_set))
         assert stored.keys() == expected.keys()
         for name, array in stored.items():
             np.testing.assert_array_equal(array, expected[name][rows], err_msg=name)
             assert array.dtype == np.uint16
 
 
-def test_samples_across_chunks_and_shards(written: Path, samples: Samples, mask_sets: list[MaskSet]) -> None:
-    batch = DataSet(written).read_samples("train", 100, 300, mask_set=2)
-    np.testing.assert_array_equal(batch.tokens_BL, samples.tokens_BL[100:300])
-    np.testing.assert_array_equal(batch.positions_BP, mask_sets[2].positions_BP[100:300])
+def test_rows_are_filled_behind_their_ends(drawn: Drawn) -> None:
+    batch, pad_id = drawn.batch(1, pad_id=599), 599
+    tokens, places = iter(drawn.samples.tokens_T.tolist()), iter(drawn.masks.places_KM[1].tolist())
+    for row, (length, num_masked) in enumerate(zip(drawn.samples.length_B, drawn.masks.num_masked_B, strict=True)):
+        assert batch.tokens_BL[row].tolist() == [*islice(tokens, length), *[pad_id] * (MAX_LENGTH - length)]
+        masked = [*islice(places, num_masked), *[(0, 0, 0)] * (9 - num_masked)]
+        assert list(zip(batch.positions_BP[row], batch.turns_BP[row], batch.shown_BP[row], strict=True)) == masked
 
 
-def test_manifest_entries_tell_the_size_of_each_shard(written: Path, samples: Samples) -> None:
+def test_samples_across_chunks_and_shards(written: Path, drawn: Drawn, tokenizer: Tokenizer) -> None:
+    batch, expected = DataSet(written).read_samples("train", 100, 300, mask_set=2), drawn.batch(2, tokenizer.pad_id)
+    np.testing.assert_array_equal(batch.tokens_BL, expected.tokens_BL[100:300])
+    np.testing.assert_array_equal(batch.positions_BP, expected.positions_BP[100:300])
+
+
+def test_a_whole_shard_without_its_masks(written: Path, drawn: Drawn) -> None:
+    for name, array in vars(DataSet(written).read_shard("train", 1)).items():
+        np.testing.assert_array_equal(array, vars(drawn.shard(SHARD_SAMPLES, SHARD_SAMPLES + 70).samples)[name])
+
+
+def test_manifest_entries_tell_the_size_of_each_shard(written: Path, drawn: Drawn) -> None:
     first, second = read_data_manifest(written)["splits"]["train"]
     assert (first["num_samples"], second["num_samples"]) == (SHARD_SAMPLES, 70)
-    assert first["num_tokens"] + second["num_tokens"] == samples.length_B.sum()
+    assert first["num_tokens"] + second["num_tokens"] == drawn.samples.length_B.sum()
+    assert first["num_masked"] + second["num_masked"] == drawn.masks.num_masked_B.sum()
     assert [e["size_bytes"] for e in (first, second)] == [(written / e["file"]).stat().st_size for e in (first, second)]
 
 
-def test_a_large_vocabulary_takes_wider_tokens(samples: Samples, mask_sets: list[MaskSet], tmp_path: Path) -> None:
+def test_a_large_vocabulary_takes_wider_tokens(drawn: Drawn, tmp_path: Path) -> None:
     assert (token_dtype(2**16), token_dtype(2**16 + 1)) == (np.uint16, np.uint32)
-    wide = Samples(samples.tokens_BL + 2**16, samples.length_B, samples.segment_boundary_B)
-    write_shard(tmp_path / "train-00000.h5", wide, mask_sets, 2**17)
+    samples = replace(drawn.samples, tokens_T=drawn.samples.tokens_T.astype(np.uint32) + 2**16)
+    masks = draw_masks(
+        samples, special_ids=np.arange(4) + 2**16, normal_ids=np.arange(2**16 + 4, 2**16 + 600), mask_id=2**16 + 3,
+        mask_sets=2, seed=0, first_sample=0,
+    )  # fmt: skip
+    write_shard(tmp_path / "train-00000.h5", samples, masks, MAX_LENGTH)
     with h5py.File(tmp_path / "train-00000.h5") as file:
-        np.testing.assert_array_equal(file["tokens"][:], wide.tokens_BL)
-        assert file["tokens"].dtype == file["shown"].dtype == np.uint32
-        assert file["turns"].dtype == np.uint16
+        np.testing.assert_array_equal(file["tokens"][:], samples.tokens_T)
+        np.testing.assert_array_equal(file["masks"][:], masks.places_KM)
+        assert file["tokens"].dtype == file["masks"].dtype["shown"] == np.uint32
+        assert file["masks"].dtype["turn"] == np.uint16
+        assert file["masks"]["shown"].min() >= 2**16
+
+
+def test_samples_without_a_maskable_token(tokenizer: Tokenizer, tmp_path: Path, written: Path) -> None:
+    """All of it is unknown: the array of the masks has no place, and is no damage."""
+    ids = [tokenizer.sos_id, *[tokenizer.unk_id] * 5, tokenizer.eos_id, *[tokenizer.unk_id] * 5, tokenizer.eos_id]
+    samples = Samples(np.array(ids * 3, dtype=np.uint16), np.full(3, len(ids)), np.full(3, 7))
+    masks = Masks(np.zeros(3, np.int64), np.zeros((3, 0), place_dtype(samples.tokens_T.dtype)))
+    folder = Path(shutil.copytree(written, tmp_path / "data"))
+    entry = write_shard(folder / "train-00000.h5", samples, masks, MAX_LENGTH)
+    manifest = {key: value for key, value in read_data_manifest(folder).items() if key not in ("format", "version")}
+    write_data_manifest(folder, {**manifest, "splits": {"train": [entry], "validation": []}})
+    batch = DataSet(folder).read_chunk("train", 0, 2)
+    assert not batch.turns_BP.any()
+    assert batch.turns_BP.shape == (3, 9)
+    assert list(find_faults(folder)) == []
 
 
 def test_each_array_is_checksummed_in_chunks_of_one_mask_set(written: Path) -> None:
     with h5py.File(written / "train-00000.h5") as file:
+        assert set(file) == {"samples", "tokens", "masks"}
         for name, dataset in file.items():
             assert dataset.fletcher32, name
-            assert dataset.chunks[0] == CHUNK_SAMPLES
-            assert dataset.ndim < 3 or dataset.chunks[1] == 1
+        assert file["masks"].chunks[0] == 1
 
 
-def test_more_shards_than_files_held_open(written: Path, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shards_than_files_held_open(
+    written: Path, drawn: Drawn, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data_prep.shards._MAX_OPEN_FILES", 1)
-    data = DataSet(written)
+    data, expected = DataSet(written), drawn.batch(0, tokenizer.pad_id)
     for chunk in (0, 2, 1, 2):
         batch = data.read_chunk("train", chunk, 0)
-        np.testing.assert_array_equal(batch.tokens_BL, samples.tokens_BL[chunk * 128 : chunk * 128 + 128])
-    assert len(data._open_files) == 1
+        np.testing.assert_array_equal(batch.tokens_BL, expected.tokens_BL[chunk * 128 : chunk * 128 + 128])
+    assert len(data._open_shards) == 1
 
 
 def test_a_written_and_a_built_data_set_are_sound(written: Path, data_folder: Path) -> None:
@@ -158,8 +204,8 @@ def test_a_folder_without_a_manifest_tells_how_to_make_one(tmp_path: Path) -> No
 
 
 def test_a_manifest_of_another_version_is_refused(folder: Path) -> None:
-    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b'"version": 1', b'"version": 2'))
-    with pytest.raises(ValueError, match=r"manifest\.json: format version 2; this code reads version 1: build it anew"):
+    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b'"version": 2', b'"version": 3'))
+    with pytest.raises(ValueError, match=r"manifest\.json: format version 3; this code reads version 2: build it anew"):
         DataSet(folder)
 
 
@@ -173,7 +219,7 @@ def test_a_manifest_of_another_version_is_refused(folder: Path) -> None:
         (b"{}", "not a manifest of this kind"),
         (b'{"format": "images", "version": 1}', "not a manifest of this kind"),
         (b'{"format": "pmlm-shards"}', "format version None"),
-        (b'{"format": "pmlm-shards", "version": 1}', "damaged"),
+        (b'{"format": "pmlm-shards", "version": 2}', "damaged"),
     ],
 )
 def test_what_is_no_manifest_is_refused(folder: Path, content: bytes, message: str) -> None:
@@ -184,15 +230,15 @@ def test_what_is_no_manifest_is_refused(folder: Path, content: bytes, message: s
 
 def test_a_shard_of_another_version_is_refused(folder: Path) -> None:
     with h5py.File(folder / "train-00001.h5", "r+") as file:
-        file.attrs["version"] = 2
-    with pytest.raises(ValueError, match=r"train-00001\.h5: not a pmlm-shards file of version 1; build the data anew"):
+        file.attrs["version"] = 1
+    with pytest.raises(ValueError, match=r"train-00001\.h5: not a pmlm-shards file of version 2; build the data anew"):
         DataSet(folder).read_chunk("train", 1, 0)
 
 
 def test_an_hdf5_file_of_another_kind_is_refused(folder: Path) -> None:
     with h5py.File(folder / "train-00001.h5", "w") as file:
         file["tokens"] = np.zeros((128, 64))
-    with pytest.raises(ValueError, match=r"train-00001\.h5: not a pmlm-shards file of version 1"):
+    with pytest.raises(ValueError, match=r"train-00001\.h5: not a pmlm-shards file of version 2"):
         DataSet(folder).read_chunk("train", 1, 0)
 
 
@@ -272,16 +318,26 @@ def test_a_breach_of_a_rule_is_found_in_its_sample_alone(
 
 
 def test_a_shard_that_breaks_a_rule_is_found_though_its_hash_is_right(
-    written: Path, samples: Samples, mask_sets: list[MaskSet], tokenizer: Tokenizer, tmp_path: Path
+    written: Path, drawn: Drawn, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(written, tmp_path / "data"))
-    rows = slice(SHARD_SAMPLES, None)
-    shard_masks = [MaskSet(**{name: a[rows].copy() for name, a in vars(masks).items()}) for masks in mask_sets]
-    shard_masks[1].turns_BP[4, 0] = 9
-    shard_samples = Samples(**{name: array[rows] for name, array in vars(samples).items()})
-    entry = write_shard(folder / "train-00001.h5", shard_samples, shard_masks, tokenizer.vocab_size)
+    shard = drawn.shard(SHARD_SAMPLES, SHARD_SAMPLES + 70)
+    shard.masks.places_KM["turn"][1, shard.masks.num_masked_B[:4].sum()] = 9
     manifest = read_data_manifest(folder)
-    manifest["splits"]["train"][1] = entry
+    manifest["splits"]["train"][1] = shard.write(folder / "train-00001.h5")
     write_data_manifest(folder, {key: value for key, value in manifest.items() if key not in ("format", "version")})
     expected = f"train-00001.h5: sample {SHARD_SAMPLES + 4}, mask set 1: turns count up from 1 does not hold"
     assert list(find_faults(folder)) == [expected]
+
+
+@pytest.mark.parametrize(("name", "value"), [("length", MAX_LENGTH + 1), ("length", 5), ("num_masked", 10)])
+def test_lengths_that_fit_neither_each_other_nor_the_data_set_are_damage(
+    written: Path, tmp_path: Path, name: str, value: int
+) -> None:
+    folder = Path(shutil.copytree(written, tmp_path / "data"))
+    with h5py.File(folder / "train-00000.h5", "r+") as file:
+        facts = file["samples"][:]
+        facts[name][0] = value
+        file["samples"][:] = facts
+    with pytest.raises(ValueError, match=r"train-00000\.h5: damaged \(the lengths of its samples are wrong\)"):
+        DataSet(folder).read_chunk("train", 1, 0)

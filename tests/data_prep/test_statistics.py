@@ -9,11 +9,13 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from support import cut_document
 
 from data_prep import masking
-from data_prep.draws import Decision, draw_words, scale_high_bits
-from data_prep.masking import MaskSet, draw_mask_set
-from data_prep.packing import Samples, cut_into_texts
+from data_prep.draws import Decision, draw_words, scale_high_bits, word_of
+from data_prep.masking import draw_masks
+from data_prep.packing import Samples
+from data_prep.shards import SampleBatch, batch_of
 from data_prep.tokenizer import Tokenizer
 
 FALSE_ALARM = 1e-4
@@ -49,8 +51,12 @@ def assert_independent(first: np.ndarray, second: np.ndarray, num_values: int) -
 class MaskedCorpus:
     """Samples of the sample corpus, B of them full or nearly, and several mask sets of each."""
 
-    samples: Samples
-    mask_sets: list[MaskSet]
+    mask_sets: list[SampleBatch]
+    """The samples with each of their mask sets."""
+
+    @property
+    def samples(self) -> SampleBatch:
+        return self.mask_sets[0]
 
     @property
     def used_KBP(self) -> np.ndarray:
@@ -66,16 +72,15 @@ class MaskedCorpus:
 
 @pytest.fixture(scope="module")
 def masked(corpus_ids: np.ndarray, tokenizer: Tokenizer, assemble_texts: Callable[..., Samples]) -> MaskedCorpus:
-    texts = cut_into_texts(corpus_ids, MAX_LENGTH)
-    samples = assemble_texts(texts, MAX_LENGTH, seed=11, first_sample=0)
-    mask_sets = [
-        draw_mask_set(
-            samples.tokens_BL, samples.length_B, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
-            mask_id=tokenizer.mask_id, max_masked_tokens=76, seed=11, first_sample=0, mask_set=mask_set,
-        )
-        for mask_set in range(6)
-    ]  # fmt: skip
-    return MaskedCorpus(samples, mask_sets)
+    samples = assemble_texts(cut_document(corpus_ids, MAX_LENGTH), seed=11, first_sample=0)
+    masks = draw_masks(
+        samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
+        mask_sets=6, seed=11, first_sample=0,
+    )  # fmt: skip
+    return MaskedCorpus([
+        batch_of(samples, masks.num_masked_B, places, MAX_LENGTH, tokenizer.pad_id).as_int64()
+        for places in masks.places_KM
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("bound", [2, 5, 7, 64, 595])
@@ -84,15 +89,28 @@ def test_scaled_words_are_uniform(bound: int) -> None:
     assert_distributed(np.bincount(scale_high_bits(words, bound).ravel().astype(np.int64), minlength=bound))
 
 
-def test_every_bit_of_a_word_is_fair() -> None:
-    words = draw_words(4, Decision.MASKS, 10**9, 2500, 8).ravel()
+def words_of_keys(first_item: int, num_items: int, num_words: int) -> np.ndarray:
+    """Words as compiled code draws them, [num_items, num_words]."""
+    keys = draw_words(4, Decision.MASKS, first_item, num_items, 1)[:, 0]
+    return np.array([[int(word_of(key, index)) for index in range(num_words)] for key in keys], dtype=np.uint64)
+
+
+WORDS = [lambda *shape: draw_words(4, Decision.MASKS, *shape), words_of_keys]
+
+
+@pytest.mark.parametrize("words_of_items", WORDS)
+def test_every_bit_of_a_word_is_fair(words_of_items: Callable[..., np.ndarray]) -> None:
+    words = words_of_items(10**9, 2500, 8).ravel()
     for bit in range(64):
         ones = int((words >> np.uint64(bit) & np.uint64(1)).sum())
         assert_share(ones, len(words), 0.5)
 
 
-def test_consecutive_draws_of_an_item_and_of_neighbours_are_independent() -> None:
-    values = scale_high_bits(draw_words(4, Decision.MASKS, 0, 4000, 6), 8).astype(np.int64)
+@pytest.mark.parametrize("words_of_items", WORDS)
+def test_consecutive_draws_of_an_item_and_of_neighbours_are_independent(
+    words_of_items: Callable[..., np.ndarray],
+) -> None:
+    values = scale_high_bits(words_of_items(0, 4000, 6), 8).astype(np.int64)
     assert_independent(values[:, :-1].ravel(), values[:, 1:].ravel(), 8)
     assert_independent(values[:-1].ravel(), values[1:].ravel(), 8)
 
@@ -102,7 +120,7 @@ def test_the_segment_boundary_is_uniform(
     corpus_ids: np.ndarray, assemble_texts: Callable[..., Samples], num_ids: int
 ) -> None:
     texts = np.split(corpus_ids[: 4000 * num_ids], 4000)
-    samples = assemble_texts(texts, 64, seed=5, first_sample=0)
+    samples = assemble_texts(texts, seed=5, first_sample=0)
     first_part = samples.segment_boundary_B - 2
     counts = np.bincount(first_part, minlength=num_ids)
     assert counts[0] == 0, "segment A is never empty"
