@@ -18,16 +18,21 @@ main() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
     command -v c++ >/dev/null || missing+=(g++)
-    if [ "${1:-}" = dev ]; then  # the tests run real sshd, pdsh and mpirun
+    if [ "${1:-}" = dev ]; then  # the tests run real sshd, pdsh, mpirun and Slurm
         [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
         command -v ssh >/dev/null || missing+=(openssh-client)
         command -v pdsh >/dev/null || missing+=(pdsh)
         command -v mpirun >/dev/null || missing+=(openmpi-bin)
+        command -v srun >/dev/null || missing+=(slurm-client)
+        for daemon in slurmctld slurmd munged; do
+            [ -x /usr/sbin/$daemon ] || missing+=("${daemon/munged/munge}")
+        done
+        compgen -G "/usr/lib/*/pmix2/lib/libpmix.so" >/dev/null || missing+=(libpmix-dev)  # srun --mpi=pmix opens it
     fi
     if [ ${#missing[@]} -gt 0 ]; then
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
             echo "installing ${missing[*]}"
-            { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "${missing[@]}"; } >/dev/null
+            { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null
         else
             echo "setup.sh: error: ${missing[*]} missing; on Debian or Ubuntu: sudo apt-get install ${missing[*]}" >&2
             exit 2

@@ -18,7 +18,6 @@ from data_prep import inspect, stats
 from data_prep.build import build
 from data_prep.cleaning import CleanSettings, cleaned
 from data_prep.console import (
-    USER_ERROR_STATUS,
     ArgumentParser,
     add_flags,
     available_cores,
@@ -209,9 +208,9 @@ def _build(args: Any) -> None:
     mixture, parameters = _mixture(args), _from_flags(BuildParameters, args)
     cleaning, duplicates = _from_flags(CleanSettings, args), _from_flags(DuplicateSettings, args)
 
-    def make(processes: Processes, bar: Any) -> bool:
+    def make(processes: Processes) -> bool:
         return build(
-            mixture, args.tokenizer, args.data, parameters, processes, bar, cleaning=cleaning, duplicates=duplicates
+            mixture, args.tokenizer, args.data, parameters, processes, cleaning=cleaning, duplicates=duplicates
         )
 
     _with_processes(args, make, partial(_tell_what_was_built, args.data))
@@ -220,7 +219,7 @@ def _build(args: Any) -> None:
 def _remask(args: Any) -> None:
     _with_processes(
         args,
-        lambda *how: remask(args.data, args.output, args.seed, args.mask_sets, *how),
+        partial(remask, args.data, args.output, args.seed, args.mask_sets),
         partial(_tell_what_was_built, args.output),
     )
 
@@ -230,9 +229,9 @@ def _stats(args: Any) -> None:
     if figure.suffix != ".png":
         raise ValueError(f"--output {figure}: the figure is a PNG; give it a name that ends in .png")
 
-    def measure(processes: Processes, bar: Any) -> stats.Measured:
+    def measure(processes: Processes) -> stats.Measured:
         recipe = stats.read_recipe(args.deepspeed_config) if args.deepspeed_config else None
-        return stats.measure(DataSet(args.data), recipe, processes, bar)
+        return stats.measure(DataSet(args.data), recipe, processes)
 
     def tell(measured: stats.Measured) -> None:
         if args.json:
@@ -244,20 +243,19 @@ def _stats(args: Any) -> None:
     _with_processes(args, measure, tell)
 
 
-def _with_processes(args: Any, work: Callable[[Processes, Any], _T], tell: Callable[[_T], None]) -> None:
-    """Work with the processes that the command line or the MPI launcher gives, and tell what came of it."""
+def _with_processes(args: Any, work: Callable[[Processes], _T], tell: Callable[[_T], None]) -> None:
+    """Work with the processes that the command line or the launcher gives, and tell what came of it."""
     is_mpi = launched_by_mpi()
     if is_mpi and args.workers is not None:
         raise ValueError("--workers is for one machine; under MPI the ranks do the work: leave it out")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
-    with MPIProcesses() if is_mpi else LocalProcesses(args.workers or available_cores()) as processes:
-        try:
-            result = work(processes, partial(progress_bar, is_shown=processes.is_main))
-        except (ValueError, OSError):
-            if processes.is_main:
-                raise
-            raise SystemExit(USER_ERROR_STATUS) from None  # the main process tells why
+    with (
+        MPIProcesses(shows_progress=True)
+        if is_mpi
+        else LocalProcesses(args.workers or available_cores(), shows_progress=True)
+    ) as processes:
+        result = work(processes)
     if processes.is_main:
         tell(result)
 

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cleaning import CLEANING_COUNTS, NO_CLEANING, CleanSettings, cleaned, is_too_short
-from data_prep.console import progress_bar
-from data_prep.corpus import Document, Source, Unit, plan_units, read_unit
+from data_prep.corpus import Document, Source, Unit, plan_units, read_unit, refuse_changes
 from data_prep.duplicates import (
     KEEP_DUPLICATES,
     KINDS,
@@ -50,7 +49,8 @@ from data_prep.masking import (
 from data_prep.mixture import Corpus, Mixture, TextOrder, epochs_of, sources_of
 from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, Texts, assemble
 from data_prep.parameters import BuildParameters
-from data_prep.processes import Processes
+from data_prep.processes import LOGS, Processes, Task
+from data_prep.progress import Stage, Work
 from data_prep.shards import (
     SPLITS,
     Split,
@@ -70,10 +70,6 @@ _FIRST_VALIDATION_SAMPLE = 2**48
 _DROPPED = ("too_short_documents", "too_long_documents", *KINDS)
 
 
-Bar = Callable[[str, int, str], Any]
-"""Makes a progress bar from a description, a total and its unit."""
-
-
 @dataclass(frozen=True)
 class _ShardPlan:
     """Samples first .. first + num_samples - 1 of a split."""
@@ -83,6 +79,9 @@ class _ShardPlan:
     first: int
     num_samples: int
 
+    def __str__(self) -> str:
+        return shard_name(self.split, self.index)
+
 
 def build(
     mixture: Mixture,
@@ -90,7 +89,6 @@ def build(
     folder: Path,
     parameters: BuildParameters,
     processes: Processes,
-    bar: Bar | None = None,
     *,
     cleaning: CleanSettings = NO_CLEANING,
     duplicates: DuplicateSettings = KEEP_DUPLICATES,
@@ -100,20 +98,18 @@ def build(
     Every process of `processes` calls this. Raises ValueError for bad input, and where `folder` holds a data set, whole
     or unfinished, made from something else.
     """
-    bar = bar or partial(progress_bar, is_shown=False)
     sources = processes.on_main(lambda: sources_of(mixture))
     units = processes.on_main(lambda: plan_units(sources))
     tokenizer = processes.on_main(lambda: _describe_tokenizer(tokenizer_path))
-    processes.prepare(_set_up, tokenizer_path, folder, parameters, sources, cleaning, duplicates)
+    log_folder = processes.on_main(lambda: None if manifest_path(folder).exists() else folder / LOGS)
+    processes.prepare(_set_up, tokenizer_path, folder, parameters, sources, cleaning, duplicates, log_folder=log_folder)
 
-    hashes: dict[int, str] = {}
-    with bar("read input", sum(s.size_bytes for s in sources), "B") as progress:
-
-        def hashed(result: tuple[int, str]) -> None:
-            hashes[result[0]] = result[1]
-            progress.update(sources[result[0]].size_bytes)
-
-        processes.run(_hash_source, [(i,) for i in range(len(sources))], hashed)
+    total_bytes = sum(s.size_bytes for s in sources)
+    hashes: dict[int, str] = {}  # only the main process knows them
+    processes.run(
+        _hash_source, [(i,) for i in range(len(sources))], Stage("read input", total_bytes, "B"),
+        lambda work: hashes.update([work.value]),
+    )  # fmt: skip
     made_from = {
         "parameters": asdict(parameters) | asdict(cleaning) | asdict(duplicates),
         "tokenizer": tokenizer,
@@ -125,29 +121,28 @@ def build(
             for i, s in enumerate(sources)
         ],
     }  # fmt: skip
-    if processes.on_main(lambda: _is_made(folder, made_from)):
+    if processes.on_main(lambda: is_made(folder, made_from)):
         return False
 
-    def run_over_units(what: str, task: Callable[..., int], is_finished: Callable[[int], bool], *words: Any) -> None:
+    def run_over_units(what: str, task: Task, is_finished: Callable[[int], bool], *words: Any) -> None:
         todo = processes.on_main(lambda: [i for i in range(len(units)) if not is_finished(i)])
-        with bar(what, sum(u.size_bytes for u in units), "B") as progress:
-            progress.update(sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo))
-            processes.run(task, [(i, units[i], *words) for i in todo], progress.update)
+        done_bytes = total_bytes - sum(units[i].size_bytes for i in todo)
+        processes.run(task, [(i, units[i], *words) for i in todo], Stage(what, total_bytes, "B", done_bytes))
 
     if duplicates.kinds:
         bands = processes.on_main(lambda: choose_bands(duplicates))
         processes.on_main(lambda: _hashes(folder).mkdir(exist_ok=True))
         run_over_units("hash texts", _hash_unit, partial(is_hashed, _hashes(folder)), bands)
-        find_duplicates(_hashes(folder), len(units), duplicates, processes, bar)
+        find_duplicates(_hashes(folder), len(units), duplicates, processes)
     run_over_units("tokenize", _tokenize_unit, partial(is_done, folder / WORK))
     counts = processes.on_main(lambda: [read_counts(folder / WORK, unit) for unit in range(len(units))])
     totals = processes.on_main(lambda: _totals_of_corpora(mixture, folder, units, counts))
     orders = processes.on_main(lambda: _order_texts(mixture, folder, units, counts, totals))
     shards = processes.on_main(lambda: _plan_shards(orders, parameters.shard_samples))
     todo_shards = processes.on_main(lambda: [shard for shard in shards if not _shard_file(folder, shard).exists()])
-    with bar("draw masks", sum(s.num_samples for s in shards), "sample") as progress:
-        progress.update(sum(s.num_samples for s in shards) - sum(s.num_samples for s in todo_shards))
-        processes.run(_write_shard, [(shard, orders[shard.split]) for shard in todo_shards], progress.update)
+    num_samples = sum(s.num_samples for s in shards)
+    stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo_shards))
+    processes.run(_write_shard, [(shard, orders[shard.split]) for shard in todo_shards], stage)
     shares = processes.on_main(lambda: _shares(mixture, totals, orders["train"]))
     processes.on_main(lambda: _declare_whole(folder, tokenizer_path, made_from, totals, shares, shards, parameters))
     return True
@@ -161,19 +156,23 @@ def _describe_tokenizer(path: Path) -> dict[str, Any]:
     return {"file": tokenizer.file_name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
 
 
-def _is_made(folder: Path, made_from: dict[str, Any]) -> bool:
-    """Whether the data set is whole already; if not, its folder is made ready for a build or for going on with one."""
-    plan = folder / WORK / _PLAN
+def is_made(folder: Path, made_from: dict[str, Any]) -> bool:
+    """Whether the data set is whole already; if not, its folder is made ready for making it or for going on with it.
+
+    Raises ValueError if it is, or was begun, from something else.
+    """
+    work = folder / WORK
     if manifest_path(folder).exists():
         _refuse_changes(folder, "a data set", read_data_manifest(folder), made_from)
+        shutil.rmtree(work, ignore_errors=True)  # there if it was interrupted behind the manifest
         return True
-    if plan.exists() and any(file.name != _PLAN for file in (folder / WORK).glob("[!.]*")):
-        _refuse_changes(folder, "an unfinished data set", read_json(plan), made_from)
+    if (work / _PLAN).exists() and any(file.name != _PLAN for file in work.glob("[!.]*")):
+        _refuse_changes(folder, "an unfinished data set", read_json(work / _PLAN), made_from)
         return False
     folder.mkdir(parents=True, exist_ok=True)
     _remove(folder, *_SHARDS, *(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*")))
-    (folder / WORK).mkdir(exist_ok=True)
-    write_json(plan, made_from)
+    work.mkdir(exist_ok=True)
+    write_json(work / _PLAN, made_from)
     return False
 
 
@@ -187,9 +186,7 @@ def _remove(folder: Path, *patterns: str) -> None:
 def _refuse_changes(folder: Path, what: str, found: dict[str, Any], made_from: dict[str, Any]) -> None:
     changed = [key for key, value in made_from.items() if found.get(key) != value]
     if changed:
-        raise ValueError(
-            f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another --data"
-        )
+        raise ValueError(f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another")
 
 
 def _totals_of_corpora(
@@ -343,22 +340,25 @@ def _set_up(tokenizer_path: Path, *settings: Any) -> None:
     _worker = _Worker(load_tokenizer(tokenizer_path), *settings)
 
 
-def _hash_source(index: int) -> tuple[int, str]:
-    return index, sha256_of_file(_worker.sources[index].path)
+def _hash_source(index: int) -> Work:
+    """The value is the number of the source and its hash."""
+    source = _worker.sources[index]
+    with refuse_changes([source]):
+        return Work(source.size_bytes, value=(index, sha256_of_file(source.path)))
 
 
 def _read_cleaned(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
     return cleaned(read_unit(_worker.sources, unit), _worker.cleaning, counts)
 
 
-def _hash_unit(index: int, unit: Unit, bands: tuple[int, int]) -> int:
-    """Leave the hashes of the unit's documents in files; returns its size in bytes."""
+def _hash_unit(index: int, unit: Unit, bands: tuple[int, int]) -> Work:
+    """Leave the hashes of the unit's documents in files."""
     hash_unit(_hashes(_worker.folder), index, _read_cleaned(unit, Counter()), _worker.duplicates, bands)
-    return unit.size_bytes
+    return Work(unit.size_bytes)
 
 
-def _tokenize_unit(index: int, unit: Unit) -> int:
-    """Leave the unit's texts and counts in files; returns its size in bytes."""
+def _tokenize_unit(index: int, unit: Unit) -> Work:
+    """Leave the unit's texts and counts in files."""
     counts: Counter[str] = Counter()
     documents = _read_cleaned(unit, counts)
     if _worker.duplicates.kinds:
@@ -367,7 +367,8 @@ def _tokenize_unit(index: int, unit: Unit) -> int:
     texts, counts_of_texts = tokenize(documents, _worker.tokenizer, _worker.parameters)
     counts.update(counts_of_texts)
     write_unit(_worker.folder / WORK, index, texts, counts)
-    return unit.size_bytes
+    num_tokens = sum(len(of_split.ids) for of_split in texts.values())
+    return Work(unit.size_bytes, sum(_documents(counts).values()), num_tokens)
 
 
 def _texts_of(shard: _ShardPlan, order: TextOrder) -> Texts:
@@ -379,8 +380,8 @@ def _texts_of(shard: _ShardPlan, order: TextOrder) -> Texts:
     ])  # fmt: skip
 
 
-def _write_shard(shard: _ShardPlan, order: TextOrder) -> int:
-    """Leave the shard in its place and its entry of the manifest in a file; returns its number of samples."""
+def _write_shard(shard: _ShardPlan, order: TextOrder) -> Work:
+    """Leave the shard in its place and its entry of the manifest in a file."""
     parameters, tokenizer = _worker.parameters, _worker.tokenizer
     first_sample = number_of_sample(shard.split, shard.first)
     samples = assemble(
@@ -389,5 +390,6 @@ def _write_shard(shard: _ShardPlan, order: TextOrder) -> int:
     )  # fmt: skip
     masks = draw_mask_sets(samples, tokenizer, parameters, first_sample)
     path = _worker.folder / shard_name(shard.split, shard.index)
-    write_json(_shard_file(_worker.folder, shard), write_shard(path, samples, masks, parameters.max_length_tokens))
-    return shard.num_samples
+    entry = write_shard(path, samples, masks, parameters.max_length_tokens)
+    write_json(_shard_file(_worker.folder, shard), entry)
+    return Work(shard.num_samples, tokens=entry["num_tokens"])

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -43,6 +44,8 @@ class Source:
     name: str
     """Path below the folder that was given: what the manifest records, the same on every machine."""
     size_bytes: int
+    mtime_ns: int
+    """When it was last changed."""
     reading: ReadSettings = DEFAULT_READING
     corpus: int = 0
     """Which corpus of a mixture it is of."""
@@ -151,7 +154,12 @@ def find_sources(paths: Sequence[Path], reading: ReadSettings = DEFAULT_READING,
             files += _files_below(folder, [*matches, *below])
     if not files:
         raise ValueError(f"{', '.join(map(str, paths))}: no {EXPECTED_NAMES} file there")
-    return [Source(file, _printable(name), file.stat().st_size, reading, corpus) for file, name in files]
+    return [Source(file, _printable(name), *_state(file), reading, corpus) for file, name in files]
+
+
+def _state(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _files_below(folder: Path, paths: Iterable[Path]) -> list[tuple[Path, str]]:
@@ -162,6 +170,26 @@ def _files_below(folder: Path, paths: Iterable[Path]) -> list[tuple[Path, str]]:
 def _printable(name: str) -> str:
     """A file's name; bytes of it that are not UTF-8 as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def refuse_changes(sources: Iterable[Source]) -> Iterator[None]:
+    """Raises ValueError if a file is, behind the block, not what `find_sources` has found: by its size and time.
+
+    A ValueError of the block itself is then that of a file which someone was writing.
+    """
+    failure: ValueError | None = None
+    try:
+        yield
+    except ValueError as error:
+        failure = error
+    for source in sources:
+        if _state(source.path) != (source.size_bytes, source.mtime_ns):
+            raise ValueError(
+                f"{source.path}: has changed since this command was started; start it again when the file is complete"
+            )
+    if failure:
+        raise failure
 
 
 def plan_units(sources: Sequence[Source], unit_bytes: int = 8 * 2**20) -> list[Unit]:
@@ -212,18 +240,19 @@ def read_unit(sources: Sequence[Source], unit: Unit) -> Iterator[Document]:
     """The documents of a unit in order; the units' documents together do not depend on how the sources were split.
 
     Raises ValueError for text that is not UTF-8 (file and byte offset, or row), a line that is not a JSON object with
-    a string under `text_field`, a document over 256 MiB, or a file that is damaged.
+    a string under `text_field`, a document over 256 MiB, or a file that is damaged or has changed since `find_sources`.
     """
-    for piece in unit.pieces:
-        source = sources[piece.source]
-        if is_table(source.path):
-            yield from _rows(source, piece)
-        elif format_of(source.path) == ".jsonl":
-            yield from _json_lines(source, piece)
-        elif source.reading.document_per == "file":
-            yield from _whole_file(source)
-        else:
-            yield from _between_blank_lines(source, piece)
+    with refuse_changes([sources[index] for index in sorted({piece.source for piece in unit.pieces})]):
+        for piece in unit.pieces:
+            source = sources[piece.source]
+            if is_table(source.path):
+                yield from _rows(source, piece)
+            elif format_of(source.path) == ".jsonl":
+                yield from _json_lines(source, piece)
+            elif source.reading.document_per == "file":
+                yield from _whole_file(source)
+            else:
+                yield from _between_blank_lines(source, piece)
 
 
 def _document(lines: Iterable[str]) -> Iterator[Document]:

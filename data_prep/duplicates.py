@@ -32,7 +32,8 @@ import numpy as np
 
 from data_prep.corpus import Document, ParagraphPer, hash_text
 from data_prep.files import read_json, write_json, write_whole
-from data_prep.processes import Processes
+from data_prep.processes import Processes, Task
+from data_prep.progress import Stage, Work
 
 Kind = Literal["duplicate_documents", "near_duplicate_documents", "duplicate_paragraphs"]
 KINDS: tuple[Kind, ...] = ("duplicate_documents", "near_duplicate_documents", "duplicate_paragraphs")
@@ -210,32 +211,28 @@ def _read_parts(folder: Path) -> _Parts:
 # ---- from hashes to what is dropped
 
 
-def find_duplicates(
-    folder: Path, num_units: int, settings: DuplicateSettings, processes: Processes, bar: Callable[[str, int, str], Any]
-) -> None:
+def find_duplicates(folder: Path, num_units: int, settings: DuplicateSettings, processes: Processes) -> None:
     """From the hashes of all units to what is dropped of each part; goes on where it was interrupted."""
     num_hashes = processes.on_main(lambda: _gather_parts(folder, num_units))
     num_parts = processes.on_main(lambda: len(_read_parts(folder).unit_P))
-    num_buckets = {kind: -(-num_hashes[kind] // BUCKET_HASHES) for kind in settings.kinds}
-    num_tasks = sum(num_buckets.values()) + len(settings.kinds) * num_parts
-    with bar("find duplicates", num_tasks, "task") as progress:
 
-        def run(task: Callable[..., int], result: Callable[[int], Path], num: int, *words: Any) -> None:
-            todo = processes.on_main(lambda: [number for number in range(num) if not result(number).exists()])
-            progress.update(num - len(todo))
-            processes.run(task, [(folder, number, *words) for number in todo], progress.update)
+    def run(what: str, task: Task, result: Callable[[int], Path], num: int, *words: Any) -> None:
+        todo = processes.on_main(lambda: [number for number in range(num) if not result(number).exists()])
+        stage = Stage(what, num, "task", num - len(todo))
+        processes.run(task, [(folder, number, *words) for number in todo], stage)
 
-        for kind in settings.kinds:
-            num = num_buckets[kind]
-            run(_find_firsts, partial(_firsts_file, folder, kind, num), num, kind, num, settings)
-            if kind == "near_duplicate_documents":
-                run(_find_pairs, partial(_pairs_file, folder), num_parts, num, settings)
-                processes.on_main(lambda: _drop_near_duplicates(folder))
-            else:
-                run(_drop_later_ones, partial(_dropped_file, folder, kind), num_parts, kind, num, settings)
+    for kind in settings.kinds:
+        num, what = -(-num_hashes[kind] // BUCKET_HASHES), kind.replace("_", " ")
+        run(f"find {what}", _find_firsts, partial(_firsts_file, folder, kind, num), num, kind, num, settings)
+        if kind == "near_duplicate_documents":
+            run("compare them", _find_pairs, partial(_pairs_file, folder), num_parts, num, settings)
+            processes.on_main(lambda: _drop_near_duplicates(folder))
+        else:
+            result = partial(_dropped_file, folder, kind)
+            run("drop them", _drop_later_ones, result, num_parts, kind, num, settings)
 
 
-def _find_firsts(folder: Path, bucket: int, kind: Kind, num_buckets: int, settings: DuplicateSettings) -> int:
+def _find_firsts(folder: Path, bucket: int, kind: Kind, num_buckets: int, settings: DuplicateSettings) -> Work:
     """Of the hashes in a bucket that are in several parts: their place in all but the first part, and the first place.
 
     A part gives a hash but once, so a text that is everywhere does not fill the memory.
@@ -251,7 +248,7 @@ def _find_firsts(folder: Path, bucket: int, kind: Kind, num_buckets: int, settin
     firsts = places[is_first][np.cumsum(is_first) - 1]
     rows = np.stack([places, firsts, hashes])[:, ~is_first]
     _write_array(_firsts_file(folder, kind, num_buckets, bucket), rows[:, np.argsort(rows[0], kind="stable")])
-    return 1
+    return Work(1)
 
 
 def _later_ones(
@@ -270,14 +267,14 @@ def _later_ones(
     return places[is_later], firsts[is_later]
 
 
-def _drop_later_ones(folder: Path, part: int, kind: Kind, num_buckets: int, settings: DuplicateSettings) -> int:
+def _drop_later_ones(folder: Path, part: int, kind: Kind, num_buckets: int, settings: DuplicateSettings) -> Work:
     parts = _read_parts(folder)
     places, _ = _later_ones(folder, kind, parts, part, num_buckets, settings)
     _write_array(_dropped_file(folder, kind, part), np.sort(places))
-    return 1
+    return Work(1)
 
 
-def _find_pairs(folder: Path, part: int, num_buckets: int, settings: DuplicateSettings) -> int:
+def _find_pairs(folder: Path, part: int, num_buckets: int, settings: DuplicateSettings) -> Work:
     """The documents of a part that are like the first one with the same key of a band: [2, N], in order."""
     from data_prep import minhash
 
@@ -297,7 +294,7 @@ def _find_pairs(folder: Path, part: int, num_buckets: int, settings: DuplicateSe
             )
             is_like[some] = similarity >= settings.near_duplicate_jaccard
     _write_array(_pairs_file(folder, part), pairs[:, is_like])
-    return 1
+    return Work(1)
 
 
 def _drop_near_duplicates(folder: Path) -> None:
@@ -340,7 +337,7 @@ def without_duplicates(
                 yield document.without(paragraphs[number], settings.paragraph_per)
             else:
                 yield document
-    assert next(remaining, None) is None  # and so what reads them comes to its end, and counts all that it leaves out
+    assert not sum(1 for _ in remaining)  # and so what reads them comes to its end, and counts all that it leaves out
 
 
 def _starts_run(hashes: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from data_prep.files import named
+
 EXPECTED_NAMES = ".txt, .jsonl (also with .gz, .zst or .xz), .parquet or .arrow"
 # A new decompressor, and the bytes it is given at a time: few enough to become 8 MiB of text at most.
 _DECOMPRESSORS: dict[str, tuple[Callable[[], Any], int]] = {
@@ -50,7 +52,7 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
     Raises ValueError, while it is read, for a compressed file that is cut short or damaged.
     """
     try:
-        with open(path, "rb") as file:
+        with named(path), open(path, "rb") as file:
             yield io.BufferedReader(_Decompressed(file, path.suffix), 2**17) if is_compressed(path) else file
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise _damaged(path, error) from None

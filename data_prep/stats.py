@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from data_prep import inspect
-from data_prep.console import progress_bar
 from data_prep.files import read_json, write_whole
 from data_prep.packing import NUM_SPECIAL_TOKENS
 from data_prep.processes import Processes
+from data_prep.progress import Stage, Work
 from data_prep.shards import CHUNK_SAMPLES, SPLITS, DataSet, Split
 from data_prep.units import bin_width
 
@@ -144,7 +143,6 @@ def measure(
     data: DataSet,
     recipe: Recipe | None,
     processes: Processes,
-    bar: Callable[..., Any] | None = None,
     *,
     max_hashes: int = MAX_HASHES,
 ) -> Measured:
@@ -159,17 +157,16 @@ def measure(
         data, recipe, np.zeros(num_ids, np.int64), np.zeros(num_lengths, np.int64), TextCounts(max_hashes)
     )
     processes.prepare(_set_up, data.folder)
-    bar = bar or partial(progress_bar, is_shown=False)
-    with bar("measure", sum(data.num_samples(split) for split in SPLITS), "sample", is_lasting=False) as progress:
+    num_samples = sum(data.num_samples(split) for split in SPLITS)
 
-        def add(shard: _MeasuredShard) -> None:
-            measured.token_counts_V += shard.token_counts_V
-            measured.length_counts += shard.length_counts
-            measured.texts.add(shard.split, shard.hashes_H, shard.counts_H)
-            progress.update(int(shard.counts_H.sum()))
+    def add(work: Work) -> None:
+        shard: _MeasuredShard = work.value
+        measured.token_counts_V += shard.token_counts_V
+        measured.length_counts += shard.length_counts
+        measured.texts.add(shard.split, shard.hashes_H, shard.counts_H)
 
-        shards = [(split, index) for split in SPLITS for index in range(len(data.manifest["splits"][split]))]
-        processes.run(_measure_shard, shards, add)
+    shards = [(split, index) for split in SPLITS for index in range(len(data.manifest["splits"][split]))]
+    processes.run(_measure_shard, shards, Stage("measure", num_samples, "sample", is_lasting=False), add)
     measured.texts.settle()
     return measured
 
@@ -194,7 +191,7 @@ def _set_up(folder: Path) -> None:
     _data = DataSet(folder)
 
 
-def _measure_shard(split: Split, index: int) -> _MeasuredShard:
+def _measure_shard(split: Split, index: int) -> Work:
     tokenizer, parameters = _data.tokenizer, _data.parameters
     first, num_samples = index * parameters["shard_samples"], _data.manifest["splits"][split][index]["num_samples"]
     token_counts_V = np.zeros(tokenizer.vocab_size, np.int64)
@@ -208,7 +205,8 @@ def _measure_shard(split: Split, index: int) -> _MeasuredShard:
         hashes += [_hash_of_text(tokens_L, boundary, length) for tokens_L, boundary, length in places]
     token_counts_V[[tokenizer.pad_id, tokenizer.sos_id, tokenizer.eos_id]] = 0
     hashes_H, counts_H = np.unique(np.frombuffer(b"".join(hashes), np.uint64), return_counts=True)
-    return _MeasuredShard(split, token_counts_V, length_counts, hashes_H, counts_H)
+    measured = _MeasuredShard(split, token_counts_V, length_counts, hashes_H, counts_H)
+    return Work(num_samples, tokens=int(token_counts_V.sum()), value=measured)
 
 
 def _hash_of_text(tokens_L: np.ndarray, boundary: int, length: int) -> bytes:

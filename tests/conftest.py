@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Ranks
+from slurm import start_slurm
 from support import REPOSITORY
 from two_hosts import TwoHosts, start_two_hosts
 
@@ -19,6 +20,13 @@ from two_hosts import TwoHosts, start_two_hosts
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     """Two hosts that DeepSpeed's launcher reaches over pdsh and ssh."""
     yield from start_two_hosts(tmp_path_factory.mktemp("two_hosts"))
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A private Slurm of two nodes: what is to be in the environment of `srun` and `sbatch`."""
+    with start_slurm(tmp_path_factory.mktemp("slurm"), num_nodes=2) as changes:
+        yield changes
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,12 @@ def cut_document(ids: np.ndarray, max_length: int, document_hash: int = 0, **sho
     return np.split(ids, np.cumsum(cut_into_texts(np.array([len(ids)]), hash_D, max_length, **short))[:-1])
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What is in a data set's folder, without the logs of how it was made."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("logs/")}
+
+
 def deepspeed_json(path: Path, **changes: Any) -> Path:
     """A DeepSpeed JSON for two-rank tests: `ds_configs/zero2_local.json` with some keys replaced (None: removed)."""
     values = json.loads((REPOSITORY / "ds_configs" / "zero2_local.json").read_text()) | changes

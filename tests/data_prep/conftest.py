@@ -112,7 +112,6 @@ def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
         *,
         workers: int = 1,
         tokenizer_path: Path = tokenizer.path,
-        bar: Callable[..., Any] | None = None,
         **settings: Any,
     ) -> bool:
         def of(cls: Any) -> Any:
@@ -123,7 +122,7 @@ def build_data(tokenizer: Tokenizer) -> Callable[..., bool]:
         with LocalProcesses(workers) as processes:
             mixture = read_mixture(corpus, reading) if isinstance(corpus, Path) else [Corpus(corpus, reading)]
             return build(
-                mixture, tokenizer_path, folder, parameters, processes, bar, cleaning=cleaning, duplicates=duplicates
+                mixture, tokenizer_path, folder, parameters, processes, cleaning=cleaning, duplicates=duplicates
             )
 
     return run

@@ -4,20 +4,15 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from math import sqrt
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-from support import REPOSITORY, environment
+from support import files_of
 
 from data_prep import build as build_module
 from data_prep.corpus import find_sources, plan_units, read_documents
@@ -27,10 +22,6 @@ from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, Split, ba
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 
 Build = Callable[..., bool]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
 def samples_of(folder: Path, split: Split) -> Counter[bytes]:
@@ -270,140 +261,3 @@ def test_a_file_name_that_is_not_utf8(entries: list[str], tmp_path: Path, build_
     corpus.write_text("\n".join(entries[:20]))
     assert build_data([corpus], tmp_path / "data", validation_fraction=0)
     assert not build_data([corpus], tmp_path / "data", validation_fraction=0)
-
-
-class RunningBuild:
-    """`python -m data_prep build` of half a novel, in a session of its own, caught midway."""
-
-    def __init__(self, corpus: list[Path], tokenizer: Tokenizer, folder: Path) -> None:
-        words = ["--max_length_tokens", "16", "--mask_sets", "2", "--shard_samples", "128", "--workers", "2"]
-        command = [
-            sys.executable, "-m", "data_prep", "build", "--corpus", *map(str, corpus), "--tokenizer",
-            str(tokenizer.path), "--data", str(folder), *words,
-        ]  # fmt: skip
-        self.folder = folder
-        self.process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(), start_new_session=True, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        until(lambda: (folder / "train-00002.h5").exists() or self.process.poll() is not None)
-        assert self.process.poll() is None, "the build ended before it could be disturbed"
-
-    def members(self) -> list[int]:
-        """Processes of the build that are alive."""
-        alive = []
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, group = status.read_text().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue
-            if int(group) == self.process.pid and state != "Z":
-                alive.append(int(status.parent.name))
-        return alive
-
-    def workers(self) -> list[int]:
-        return [p for p in self.members() if b"multiprocessing-fork" in Path(f"/proc/{p}/cmdline").read_bytes()]
-
-    def wait(self) -> list[str]:
-        """Lines on stderr, without those of the progress bar."""
-        _, errors = self.process.communicate(timeout=60)
-        return [
-            line for line in errors.splitlines() if not line.startswith(("read input:", "tokenize:", "draw masks:"))
-        ]
-
-    def stop(self) -> None:
-        if self.members():
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-def until(condition: Callable[[], bool], patience_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-@pytest.fixture
-def running_build(chapters: list[Path], tokenizer: Tokenizer, tmp_path: Path) -> Iterator[RunningBuild]:
-    running = RunningBuild(chapters[:30], tokenizer, tmp_path / "pretrain")
-    yield running
-    running.stop()
-
-
-def assert_left_is_whole(folder: Path) -> None:
-    """No data set, and under a shard's name nothing but a whole HDF5 file."""
-    assert not (folder / MANIFEST).exists()
-    for path in folder.glob("*.h5"):
-        with h5py.File(path) as file:
-            assert all(dataset[:].size for dataset in file.values())
-            assert len(file["samples"]) == 128
-
-
-@pytest.mark.slow
-def test_a_killed_build_leaves_no_data_set_and_the_next_one_equals_a_clean_one(
-    running_build: RunningBuild, chapters: list[Path], tmp_path: Path, build_data: Build
-) -> None:
-    os.killpg(running_build.process.pid, signal.SIGKILL)
-    running_build.wait()
-    assert_left_is_whole(running_build.folder)
-    (running_build.folder / ".train-00009.h5.partial").write_bytes(b"half a shard")
-    for folder in (running_build.folder, tmp_path / "clean"):
-        assert build_data(chapters[:30], folder, workers=2, max_length_tokens=16, mask_sets=2)
-    assert files_of(running_build.folder) == files_of(tmp_path / "clean")
-
-
-@pytest.mark.slow
-def test_workers_do_not_outlive_a_killed_build(running_build: RunningBuild) -> None:
-    assert len(running_build.workers()) == 2
-    os.kill(running_build.process.pid, signal.SIGKILL)
-    assert until(lambda: not running_build.members(), patience_s=10)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_ends_the_build(running_build: RunningBuild) -> None:
-    os.kill(running_build.workers()[0], signal.SIGKILL)
-    lines = running_build.wait()
-    assert running_build.process.returncode == 2
-    assert len(lines) == 1
-    assert lines[0].startswith("python -m data_prep build: error: a worker process was killed")
-    assert until(lambda: not running_build.members())
-    assert_left_is_whole(running_build.folder)
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_build_in_one_line(running_build: RunningBuild) -> None:
-    os.killpg(running_build.process.pid, signal.SIGINT)
-    assert running_build.wait() == ["python -m data_prep build: interrupted"]
-    assert running_build.process.returncode == 130
-    assert until(lambda: not running_build.members())
-    assert_left_is_whole(running_build.folder)
-    assert not list(running_build.folder.glob(".*.partial"))
-
-
-@pytest.mark.slow
-def test_an_interrupted_build_is_gone_on_with_and_not_begun_anew(
-    running_build: RunningBuild, chapters: list[Path], build_data: Build
-) -> None:
-    os.killpg(running_build.process.pid, signal.SIGKILL)
-    running_build.wait()
-    work = running_build.folder / build_module.WORK
-    finished = [path for path in running_build.folder.glob("*.h5") if (work / f"{path.stem}.json").exists()]
-    done = {path: path.stat().st_mtime_ns for path in [*work.glob("unit-*"), *finished]}
-    assert done
-    with pytest.raises(ValueError, match="holds an unfinished data set made from other parameters"):
-        build_data(chapters[:30], running_build.folder, max_length_tokens=16, mask_sets=3)
-    seen: dict[Path, int] = {}
-    remove = shutil.rmtree
-
-    def look_first(folder: Path) -> None:
-        seen.update({path: path.stat().st_mtime_ns for path in done})
-        remove(folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module.shutil, "rmtree", look_first)
-        assert build_data(chapters[:30], running_build.folder, max_length_tokens=16, mask_sets=2)
-    assert seen == done
-    assert not work.exists()

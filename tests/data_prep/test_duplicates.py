@@ -7,25 +7,27 @@ import random
 import shutil
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
 from datasketch import MinHash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import files_of
 
 from data_prep import build as build_module
 from data_prep import duplicates, inspect, minhash
 from data_prep.corpus import Document, find_sources, make_document, plan_units, read_documents
 from data_prep.duplicates import DuplicateSettings, choose_bands, find_duplicates, hash_unit, without_duplicates
 from data_prep.processes import LocalProcesses
+from data_prep.progress import Stage
 from data_prep.shards import SPLITS, DataSet, Split
 
 ALL_KINDS = DuplicateSettings(True, 0.75, "blank_line", min_duplicate_characters=5)
@@ -92,7 +94,7 @@ def find(
             hash_unit(folder, unit, documents, settings, bands, part_hashes)
     with LocalProcesses(workers) as processes:
         processes.prepare(int)
-        find_duplicates(folder, len(units), settings, processes, NoBar)
+        find_duplicates(folder, len(units), settings, processes)
     return remaining(folder, units, settings)
 
 
@@ -108,22 +110,20 @@ def remaining(
     return left, counts
 
 
-@contextmanager
-def NoBar(*words: object) -> Iterator[ProgressTo]:
-    yield ProgressTo(None)
+class Interrupted(LocalProcesses):
+    """Ctrl-C comes when so many tasks are done."""
 
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__(1)
+        self._num_tasks = num_tasks
 
-class ProgressTo:
-    """A progress bar that interrupts the work when so many updates have come."""
+    def run(self, task: Any, arguments: Any, stage: Stage, report: Any = None) -> None:
+        super().run(task, arguments, stage, lambda work: self._count())
 
-    def __init__(self, num_updates: int | None) -> None:
-        self.num_updates = num_updates
-
-    def update(self, amount: int) -> None:
-        if self.num_updates is not None:
-            self.num_updates -= 1
-            if self.num_updates < 0:
-                raise KeyboardInterrupt
+    def _count(self) -> None:
+        self._num_tasks -= 1
+        if self._num_tasks < 0:
+            raise KeyboardInterrupt
 
 
 def comparable(documents: list[Document]) -> list[tuple[tuple[str, ...], int]]:
@@ -196,10 +196,6 @@ def corpus(sample_corpus: Path) -> list[Document]:
 @pytest.fixture(scope="module")
 def units(corpus: list[Document]) -> list[list[Document]]:
     return [corpus[start : start + 100] for start in range(0, len(corpus), 100)]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -323,23 +319,19 @@ def test_interrupted_at_any_task_it_goes_on(units: list[list[Document]], found: 
     is_through = False
     while not is_through:
         folder = Path(shutil.copytree(hashed, tmp_path / str(num_interrupted)))
-
-        @contextmanager
-        def interrupting_bar(*words: object, num_updates: int = num_interrupted) -> Iterator[ProgressTo]:
-            yield ProgressTo(num_updates)
-
-        with LocalProcesses(1) as processes:
+        with Interrupted(num_interrupted) as processes:
             try:
-                find_duplicates(folder, len(units), ALL_KINDS, processes, interrupting_bar)
+                find_duplicates(folder, len(units), ALL_KINDS, processes)
                 is_through = True
             except KeyboardInterrupt:
                 num_interrupted += 1
+        with LocalProcesses(1) as processes:
             done = {path: path.stat().st_mtime_ns for path in folder.glob("*-0*.npy")}
-            find_duplicates(folder, len(units), ALL_KINDS, processes, NoBar)
+            find_duplicates(folder, len(units), ALL_KINDS, processes)
         assert {path: path.stat().st_mtime_ns for path in done} == done
         assert files_of(folder) == files_of(found)
         shutil.rmtree(folder)
-    assert num_interrupted > 20
+    assert num_interrupted > 10
 
 
 @pytest.mark.parametrize("num_texts", [60_000, 600], ids=["different", "a hundred times"])
@@ -361,7 +353,7 @@ def test_memory_is_bounded_by_buckets_and_parts(
         hash_unit(folder, 0, documents, wanted, (0, 0), part_hashes=bound)
         with LocalProcesses(1) as processes:
             tracemalloc.start()
-            find_duplicates(folder, 1, wanted, processes, NoBar)
+            find_duplicates(folder, 1, wanted, processes)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
         _, counts = remaining(folder, [documents], wanted)
@@ -473,37 +465,6 @@ def test_a_cleaned_data_set_does_not_depend_on_processes_and_units(
     monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_bytes=6_000))
     assert build_data([dirty_corpus], tmp_path / "data", workers=2, validation_fraction=0.2, **EVERYTHING)
     assert files_of(tmp_path / "data") == files_of(clean_data)
-
-
-def test_a_build_interrupted_anywhere_goes_on(
-    dirty_corpus: Path, build_data: Callable[..., bool], tmp_path: Path
-) -> None:
-    """At each step that the progress bar hears of."""
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(dirty_corpus.read_text().splitlines(keepends=True)[:40]))
-    assert build_data([corpus], tmp_path / "at once", **EVERYTHING)
-    num_interrupted = 0
-    is_through = False
-    while not is_through:
-        bar = ProgressTo(num_interrupted)
-
-        @contextmanager
-        def make_bar(*words: object, bar: ProgressTo = bar) -> Iterator[ProgressTo]:
-            yield bar
-
-        folder = tmp_path / str(num_interrupted)
-        build = partial(build_data, [corpus], folder)
-        try:
-            build(**EVERYTHING, bar=make_bar)
-            is_through = True
-        except KeyboardInterrupt:
-            num_interrupted += 1
-            if (folder / ".work" / "duplicates" / "hashed-00000000.json").exists():
-                with pytest.raises(ValueError, match="holds an unfinished data set made from other parameters"):
-                    build(**EVERYTHING | {"near_duplicate_jaccard": 0.9})
-            assert build(**EVERYTHING)
-        assert files_of(folder) == files_of(tmp_path / "at once")
-    assert num_interrupted > 10
 
 
 def test_cleaning_that_leaves_nothing_is_an_error(

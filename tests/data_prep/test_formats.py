@@ -452,9 +452,9 @@ def test_a_name_that_looks_like_a_glob(tmp_path: Path) -> None:
 def test_globs_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "texts" / "a.txt", b"one")
     monkeypatch.chdir(tmp_path)
-    size_bytes = 3
-    assert find_sources([Path("texts/*")]) == [Source(Path("texts/a.txt"), "a.txt", size_bytes)]
-    assert find_sources([Path("*/a.txt")]) == [Source(Path("texts/a.txt"), "texts/a.txt", size_bytes)]
+    size_bytes, mtime_ns = 3, Path("texts/a.txt").stat().st_mtime_ns
+    assert find_sources([Path("texts/*")]) == [Source(Path("texts/a.txt"), "a.txt", size_bytes, mtime_ns)]
+    assert find_sources([Path("*/a.txt")]) == [Source(Path("texts/a.txt"), "texts/a.txt", size_bytes, mtime_ns)]
 
 
 def test_a_folder_of_arrow_streams_with_json_beside_them(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep.build import WORK
 from data_prep.processes import LocalProcesses
 from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults
@@ -42,7 +44,21 @@ def test_the_same_seed_gives_the_same_shards(data_folder: Path, tmp_path: Path) 
 def test_done_once_it_is_not_done_again_and_nothing_else_is_overwritten(data_folder: Path, tmp_path: Path) -> None:
     assert remasked(data_folder, tmp_path / "new")
     assert not remasked(data_folder, tmp_path / "new")
-    with pytest.raises(ValueError, match="new: holds another data set"):
+    with pytest.raises(ValueError, match="new: holds a data set made from other parameters; remove it"):
         remasked(data_folder, tmp_path / "new", seed=8)
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="holds a data set made from other parameters and remasked_from"):
         remasked(data_folder, data_folder)
+
+
+def test_begun_from_another_data_set_it_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    """Shards of both would be in one data set."""
+    begun = tmp_path / "new" / WORK
+    begun.mkdir(parents=True)
+    made_from = {
+        "parameters": DataSet(data_folder).parameters | {"seed": 7, "mask_sets": 3},
+        "remasked_from": {"sha256": ""},
+    }
+    (begun / "plan.json").write_text(json.dumps(made_from))
+    (begun / "train-00000.json").write_text("{}")
+    with pytest.raises(ValueError, match="new: holds an unfinished data set made from other remasked_from; remove it"):
+        remasked(data_folder, tmp_path / "new")
