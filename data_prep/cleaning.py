@@ -76,7 +76,8 @@ def clean(document: Document, settings: CleanSettings, counts: Counter[str]) -> 
 
 def is_too_short(document: Document, settings: CleanSettings, counts: Counter[str]) -> bool:
     """Whether the document is to be left out, as one without any text always is; counted."""
-    found = document.num_characters < max(1, settings.min_document_characters)
+    fewest = settings.min_document_characters
+    found = not document.lines or (fewest > 1 and document.num_characters < fewest)
     counts["too_short_documents"] += found
     return found
 
