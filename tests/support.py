@@ -69,9 +69,10 @@ def free_port() -> int:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a command, as in a shell with the virtual environment active."""
+    """The environment of a command, as in a shell with the virtual environment active; a thread a rank, as tests share
+    the cores."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", **changes}
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **changes}
 
 
 def run_command(
