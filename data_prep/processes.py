@@ -180,6 +180,10 @@ class LocalProcesses:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self._pool.submit(_perform_in_worker, task, words, stage)  # type: ignore[union-attr]
+        except OSError as error:
+            if error.errno is None:  # "handle is closed": the pool is just finding out that it is broken
+                raise BrokenProcessPool from error
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
