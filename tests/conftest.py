@@ -15,6 +15,16 @@ from slurm import start_slurm
 from support import REPOSITORY
 from two_hosts import TwoHosts, start_two_hosts
 
+LONGEST_FIRST = (
+    "test_readme.py", "test_run.py", "test_restart.py", "test_hostfile.py", "test_engine.py", "test_export.py",
+    "test_mpi.py", "test_command_line.py", "test_execution.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """So that at the end no process is left alone with a long file."""
+    items.sort(key=lambda item: (*LONGEST_FIRST, item.path.name).index(item.path.name))
+
 
 @pytest.fixture(scope="session")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
