@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import sentencepiece
 
 from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, find_faults
 
@@ -175,6 +176,30 @@ def test_a_chunk_lost_to_zeros(folder: Path, sound_arrays: list[np.ndarray]) -> 
     """What a file system may leave after a crash; the checksum of zeros is zero, so that it holds."""
     path, content = folder / SHARD, (folder / SHARD).read_bytes()
     for start, stop in list(chunk_extents(path)):
+        path.write_bytes(content[:start] + bytes(stop - start) + content[stop:])
+        assert why_unsafe(folder, path, sound_arrays) == ""
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("role", ["unk", "bos", "eos"])
+def test_a_chunk_lost_to_zeros_where_zero_is_a_token_of_samples(
+    role: str, lines: list[str], chapters: list[Path], tmp_path: Path, build_data: Callable[..., bool]
+) -> None:
+    """Other vocabularies than ours begin with [UNK], [SOS] or [EOS], so that zeros are no sign of damage by themselves."""
+    ids = {role: 0} | dict(zip([name for name in ("unk", "bos", "eos") if name != role], (1, 2), strict=True))
+    model = tmp_path / "other.model"
+    with model.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=200, pad_id=3, control_symbols=["[MASK]"],
+            minloglevel=2, hard_vocab_limit=False, **{f"{name}_id": token_id for name, token_id in ids.items()},
+        )  # fmt: skip
+    folder = tmp_path / "pretrain"
+    build_data(
+        chapters[:1], folder, tokenizer_path=model, max_length_tokens=32, shard_samples=1024, validation_fraction=0
+    )
+    path, content, sound_arrays = folder / SHARD, (folder / SHARD).read_bytes(), read_everything(folder)
+    assert (sound_arrays[0] == 0).any()
+    for start, stop in chunk_extents(path):
         path.write_bytes(content[:start] + bytes(stop - start) + content[stop:])
         assert why_unsafe(folder, path, sound_arrays) == ""
         path.write_bytes(content)
