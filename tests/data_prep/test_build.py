@@ -108,6 +108,7 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     assert str(data_folder.parent) not in json.dumps(manifest), "no path of this machine"
 
 
+@pytest.mark.slow
 def test_a_second_build_changes_nothing(data_folder: Path, chapters: list[Path], build_data: Build) -> None:
     before = {path: path.stat().st_mtime_ns for path in data_folder.iterdir()}
     assert not build_data(chapters[:9], data_folder, mask_sets=2, validation_fraction=0.2, workers=2)

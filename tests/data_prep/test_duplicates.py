@@ -156,6 +156,7 @@ SETTINGS = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(DOCUMENT, max_size=9), cuts=st.lists(st.integers(0, 9), max_size=2), wanted=SETTINGS,
@@ -209,6 +210,7 @@ def found(units: list[list[Document]], tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.mark.slow
 def test_real_text_in_many_buckets_and_parts(
     units: list[list[Document]], found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,11 +306,13 @@ def test_versions_that_have_grown_apart_stay(tmp_path: Path) -> None:
         assert max(jaccard(version, document) for document in left) > 0.65
 
 
+@pytest.mark.slow
 def test_two_processes_leave_the_same_files(units: list[list[Document]], found: Path, tmp_path: Path) -> None:
     find(tmp_path, units, ALL_KINDS, workers=2)
     assert files_of(tmp_path) == files_of(found)
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_task_it_goes_on(units: list[list[Document]], found: Path, tmp_path: Path) -> None:
     bands = choose_bands(ALL_KINDS)
     hashed = tmp_path / "hashed"
@@ -334,6 +338,7 @@ def test_interrupted_at_any_task_it_goes_on(units: list[list[Document]], found: 
     assert num_interrupted > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_texts", [60_000, 600], ids=["different", "a hundred times"])
 def test_memory_is_bounded_by_buckets_and_parts(
     num_texts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -384,6 +384,7 @@ def test_compressed_files_joined_are_one_text(tmp_path: Path, suffix: str) -> No
     assert read(path) == [("one",), ("two",), ("three",)], "padding"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", COMPRESSED)
 def test_compressed_text_is_streamed(tmp_path: Path, suffix: str) -> None:
     """Many documents of a file that is far larger than what is held of it."""
@@ -398,6 +399,7 @@ def test_compressed_text_is_streamed(tmp_path: Path, suffix: str) -> None:
     assert peak_bytes < 24 * 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize(
     ("kind", "document_per"), [(".txt", "file"), (".txt", "blank_line"), (".jsonl", "file")]
@@ -475,6 +477,7 @@ def test_names_of_other_files(tmp_path: Path, name: str) -> None:
         find_sources([tmp_path / name])
 
 
+@pytest.mark.slow
 def test_a_unit_without_a_blank_line_reads_no_further_than_its_end(tmp_path: Path) -> None:
     """Bytes that are not UTF-8, far behind it, are not its business: not behind many lines, nor behind a long one."""
     for content in (b"word\n" * 2**20 + b"\xe9", b"x" * 5 * 2**20 + b"\n\xe9"):

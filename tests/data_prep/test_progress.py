@@ -41,6 +41,7 @@ def test_one_process_is_not_slower_than_others(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_that_nothing_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, terminal = pty.openpty()
     os.set_blocking(reader, False)

@@ -34,6 +34,7 @@ def test_the_samples_stay_and_the_masks_are_those_of_a_build_with_that_seed(
         assert (before.positions_BP != after.positions_BP).any(axis=1).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_shards(data_folder: Path, tmp_path: Path) -> None:
     """Masks depend on (seed, sample number, set) alone: drawn again they are the stored ones."""
     assert remasked(data_folder, tmp_path / "new", seed=0, mask_sets=2, workers=2)

@@ -144,6 +144,7 @@ def test_manifest_entries_tell_the_size_of_each_shard(written: Path, drawn: Draw
     assert [e["size_bytes"] for e in (first, second)] == [(written / e["file"]).stat().st_size for e in (first, second)]
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_takes_wider_tokens(drawn: Drawn, tmp_path: Path) -> None:
     assert (token_dtype(2**16), token_dtype(2**16 + 1)) == (np.uint16, np.uint32)
     samples = replace(drawn.samples, tokens_T=drawn.samples.tokens_T.astype(np.uint32) + 2**16)

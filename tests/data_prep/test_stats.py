@@ -281,6 +281,7 @@ def drawn_pixels(path: Path) -> list[float]:
     return [float(third.mean()) for third in np.array_split(is_coloured, 3, axis=1)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("text", ["chaise " * 500, "☃ " * 500], ids=["one word", "nothing known"])
 def test_a_strange_corpus_can_be_told_and_drawn(build_data: Callable[..., bool], tmp_path: Path, text: str) -> None:
@@ -302,6 +303,7 @@ def run_stats(*words: object) -> None:
     args.run(args)
 
 
+@pytest.mark.slow
 def test_the_command_tells_and_draws_beside_the_data(
     data_folder: Path, tmp_path: Path, build_data: Callable[..., bool], chapters: list[Path],
     capsys: pytest.CaptureFixture[str],

@@ -139,6 +139,7 @@ def test_cpu_never_holds_the_scores_of_more_than_a_sample_nor_booleans_for_each_
     assert largest.num_bools <= 8 * num_appended * num_slots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()  # on CPU FlexAttention has no backward pass
