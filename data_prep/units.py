@@ -38,7 +38,9 @@ def tokenize(
         ids.append(group_ids.astype(token))
         num_ids.append(group_num_ids)
         hashes += [document.hash for document in group]
-        counts["text_bytes"] += text_bytes([group[i] for i in np.flatnonzero(group_num_ids >= MIN_DOCUMENT_TOKENS)])
+        counts["text_bytes"] += text_bytes(group)
+        for short in np.flatnonzero(group_num_ids < MIN_DOCUMENT_TOKENS):
+            counts["text_bytes"] -= text_bytes([group[short]])
     ids_N, num_ids_D, hash_D = np.concatenate(ids), np.concatenate(num_ids), np.array(hashes, dtype=np.uint64)
     is_long_D = num_ids_D >= MIN_DOCUMENT_TOKENS
     is_held_out_D = hash_D < np.uint64(ceil(parameters.validation_fraction * 2**64))
