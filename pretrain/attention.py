@@ -19,6 +19,7 @@ from pretrain.dropout import dropout
 from pretrain.layout import Layout, visible
 
 AttentionBackend = Literal["auto", "reference", "cpu", "flex"]
+_WORTH_A_LOOP_SCORES = 2**17  # of a sample, measured: docs/performance.md
 
 
 class Attention(Protocol):
@@ -33,12 +34,8 @@ def make_attention(
 ) -> Attention:
     """The attention of a batch, with dropout on its probabilities.
 
-    `auto` is `cpu` on a CPU; on CUDA `flex` where nothing is dropped, which flex cannot do, else `reference`.
-    Raises ValueError for a backend that does not exist or cannot do it.
+    Raises ValueError for a backend that does not exist or cannot do it; `auto` is for `choose_backend`.
     """
-    if backend == "auto":
-        is_cuda = layout.ids_BS.is_cuda
-        backend = "cpu" if not is_cuda else "reference" if dropout_rate else "flex"
     if backend == "cpu":
         from pretrain.attention_cpu import CpuAttention
 
@@ -50,6 +47,14 @@ def make_attention(
     if backend == "reference":
         return ReferenceAttention(layout, relative_bias, dropout_rate)
     raise ValueError(f"no attention {backend!r}; expected one of {', '.join(get_args(AttentionBackend))}")
+
+
+def choose_backend(layout: Layout, num_heads: int, dropout_rate: float) -> AttentionBackend:
+    """What `auto` is: on CUDA `flex` where nothing is dropped, which flex cannot do; on a CPU `cpu` where there is enough
+    to compute for its loop over samples; else `reference`."""
+    if layout.ids_BS.is_cuda:
+        return "reference" if dropout_rate else "flex"
+    return "cpu" if num_heads * layout.ids_BS.shape[1] ** 2 >= _WORTH_A_LOOP_SCORES else "reference"
 
 
 def relative_position_bucket(distance: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.attention import Attention, AttentionBackend, RelativePositionBias, make_attention
+from pretrain.attention import Attention, AttentionBackend, RelativePositionBias, choose_backend, make_attention
 from pretrain.cross_entropy import cross_entropy_in_chunks
 from pretrain.dropout import Dropout
 from pretrain.layout import Layout
@@ -201,7 +201,7 @@ class _Encoder(nn.Module):
 
     def __init__(self, config: PMLMConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.num_heads, self.dropout = config.num_heads, config.dropout
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
         self.rel_pos_bias = (
             RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance)
@@ -211,7 +211,8 @@ class _Encoder(nn.Module):
 
     def forward(self, hidden_BSH: torch.Tensor, layout: Layout) -> torch.Tensor:
         dropout_rate = self.dropout if self.training else 0.0
-        attention = make_attention(self.attention, layout, self.rel_pos_bias, dropout_rate)
+        backend = choose_backend(layout, self.num_heads, dropout_rate) if self.attention == "auto" else self.attention
+        attention = make_attention(backend, layout, self.rel_pos_bias, dropout_rate)
         for layer in self.layer:
             if self.activation_checkpointing and self.training:
                 hidden_BSH = checkpoint(layer, hidden_BSH, attention, use_reentrant=False)

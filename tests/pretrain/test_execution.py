@@ -23,7 +23,7 @@ CONFIG = PMLMConfig.of_size(
 
 def make_model(activation_checkpointing: bool = False) -> PMLM:
     torch.manual_seed(0)
-    return PMLM(CONFIG, activation_checkpointing=activation_checkpointing).train()
+    return PMLM(CONFIG, "cpu", activation_checkpointing).train()
 
 
 def losses_and_gradients(model: PMLM, layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ CONFIG = PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, max_positions=128)
 @pytest.mark.parametrize("objective", list(Objective))
 def test_a_step_has_the_operations_of_the_formula(objective: Objective) -> None:
     layout = pseudo_masked_layout(random_batch(2, max_length=128, min_length=128), objective, mask_id=MASK)
-    model = PMLM(CONFIG).train()
+    model = PMLM(CONFIG, "cpu").train()
     with FlopCounterMode(display=False) as counter:
         losses = model(layout)
         (losses.ae_sum + losses.par_sum).backward()
@@ -41,7 +41,7 @@ def test_padding_of_the_context_is_not_attended() -> None:
     batch = random_batch(2, max_length=128, min_length=40, seed=1)
     layout = pseudo_masked_layout(batch, Objective.AE, mask_id=MASK)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        PMLM(CONFIG)(layout)
+        PMLM(CONFIG, "cpu")(layout)
     pairs = int((batch.length_B**2).sum())
     of_attention = sum(counter.get_flop_counts()["Global"][op] for op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert of_attention == 2 * 2 * CONFIG.num_layers * pairs * CONFIG.hidden_size
