@@ -18,14 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data_prep.draws import word_of
+
 _BITS = 16  # of each element's random number
 _ELEMENTS_PER_WORD = 64 // _BITS
 _BLOCK_ELEMENTS = 4096  # their random words stay in the innermost cache
 _PIECE_ELEMENTS = 1 << 18  # what is worth a thread
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 class Dropout(nn.Module):
@@ -69,7 +68,7 @@ def zero_dropped_(x: torch.Tensor, seed: torch.Tensor, rate: float, first: int =
     starts = range(0, len(bits), _PIECE_ELEMENTS)
 
     def zero_piece(start: int) -> None:
-        word = np.uint64((first + start) // _ELEMENTS_PER_WORD)
+        word = (first + start) // _ELEMENTS_PER_WORD
         _zero_dropped(bits[start : start + _PIECE_ELEMENTS], key, word, threshold)
 
     if num_threads == 1 or len(starts) == 1:
@@ -89,23 +88,15 @@ def _threads(number: int) -> ThreadPoolExecutor:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _zero_dropped(bits: np.ndarray, key: np.uint64, first_word: np.uint64, threshold: np.uint16) -> None:
+def _zero_dropped(bits: np.ndarray, key: int, first_word: int, threshold: np.uint16) -> None:
     words = np.empty(_BLOCK_ELEMENTS // _ELEMENTS_PER_WORD, np.uint64)
     numbers = words.view(np.uint16)
     for start in range(0, len(bits), _BLOCK_ELEMENTS):
-        _random_words(words, key, first_word + np.uint64(start // _ELEMENTS_PER_WORD))
+        for i in range(len(words)):
+            words[i] = word_of(key, first_word + start // _ELEMENTS_PER_WORD + i)
         block = bits[start : start + _BLOCK_ELEMENTS]
         for i in range(len(block)):  # without a branch, so that it is compiled to vector instructions
             block[i] *= numbers[i] >= threshold
-
-
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _random_words(words: np.ndarray, key: np.uint64, first: np.uint64) -> None:
-    for i in range(len(words)):
-        word = key + (first + np.uint64(i)) * _GOLDEN
-        word = (word ^ (word >> _30)) * _MIX_1
-        word = (word ^ (word >> _27)) * _MIX_2
-        words[i] = word ^ (word >> _31)
 
 
 @torch.library.custom_op("pmlm::dropout", mutates_args=())  # opaque to torch.compile
