@@ -41,7 +41,7 @@ def scale_high_bits(words: np.ndarray, bounds: np.ndarray | int) -> np.ndarray:
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def word_of(key: int, index: int) -> int:
+def word_of(key: int | np.uint64, index: int) -> int:
     """Word `index` of the item whose own word of `draw_words` is `key`, for compiled code that draws as it goes.
 
     SplitMix64 (Steele, Lea and Flood 2014), whose words are a function of a counter too: any of them, in any order.

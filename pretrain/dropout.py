@@ -88,7 +88,7 @@ def _threads(number: int) -> ThreadPoolExecutor:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _zero_dropped(bits: np.ndarray, key: int, first_word: int, threshold: np.uint16) -> None:
+def _zero_dropped(bits: np.ndarray, key: np.uint64, first_word: int, threshold: np.uint16) -> None:
     words = np.empty(_BLOCK_ELEMENTS // _ELEMENTS_PER_WORD, np.uint64)
     numbers = words.view(np.uint16)
     for start in range(0, len(bits), _BLOCK_ELEMENTS):
