@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet, SampleBatch
 from data_prep.tokenizer import train_tokenizer
-from pretrain.attention import RelativePositionBias
+from pretrain.attention import RelativePositionBias, relative_position_bucket
 from pretrain.dropout import Dropout
 from pretrain.flops import step_flops
-from pretrain.layout import Layout, Objective, pseudo_masked_layout, visible
+from pretrain.layout import PADDING_TURN, Layout, Objective, pseudo_masked_layout, visible
 from pretrain.model import PMLM, PMLMConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,13 +108,11 @@ def bert_step(config: PMLMConfig, dtype: torch.dtype, layout: Layout) -> Step:
             attention_probs_dropout_prob=config.dropout, attn_implementation="sdpa",
         )
     ).to(dtype).train()  # fmt: skip
-    assert layout.ae_slots_T is not None
-    labels = torch.full_like(layout.ids_BS, -100)
-    labels.view(-1)[layout.ae_slots_T] = layout.targets_T
-    attention_mask = (layout.turns_BS == 0).long()
+    ids_BS, segments_BS = padded(layout, layout.ids_N), padded(layout, layout.segments_N)
+    attention_mask, labels_BS = padded(layout, torch.ones_like(layout.ids_N)), padded(layout, labels_of(layout), -100)
 
     def step() -> float:
-        loss = model(layout.ids_BS, attention_mask, layout.segments_BS, labels=labels).loss
+        loss = model(ids_BS, attention_mask, segments_BS, labels=labels_BS).loss
         loss.backward()
         model.zero_grad()
         return float(loss.detach())
@@ -121,24 +120,44 @@ def bert_step(config: PMLMConfig, dtype: torch.dtype, layout: Layout) -> Step:
     return step
 
 
+def labels_of(layout: Layout) -> torch.Tensor:
+    """What each slot is to predict, -100 for nothing."""
+    labels_N = torch.full_like(layout.ids_N, -100)
+    for places_T in (layout.ae_places_T, layout.par_places_T):
+        if places_T is not None:
+            labels_N[layout.predicted_R[places_T]] = layout.targets_T
+    return labels_N
+
+
+def padded(layout: Layout, of_slots: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    """[N] to [B, S]."""
+    of_samples = [of_slots[start:stop] for start, stop in pairwise(layout.edges)]
+    return nn.utils.rnn.pad_sequence(of_samples, batch_first=True, padding_value=padding)
+
+
 class DenseAttention:
     """A mask and a bias for every pair of slots, the bias from one-hot buckets."""
 
     def __init__(self, layout: Layout, relative_bias: RelativePositionBias, dropout: float) -> None:
-        roles_S, turns_BS, positions_BS = layout.roles_S, layout.turns_BS, layout.positions_BS
-        is_seen_BSS = visible(roles_S[:, None], turns_BS[:, :, None], roles_S, turns_BS[:, None, :])
+        roles_BS, turns_BS = padded(layout, layout.roles_N), padded(layout, layout.turns_N, PADDING_TURN)
+        positions_BS = padded(layout, layout.positions_N)
+        is_seen_BSS = visible(roles_BS[:, :, None], turns_BS[:, :, None], roles_BS[:, None, :], turns_BS[:, None, :])
         weight = relative_bias.weight
         self._mask_B1SS = torch.where(is_seen_BSS, 0.0, -10000.0).to(weight.dtype)[:, None]
-        buckets_BSS = relative_bias.bucket(positions_BS[:, None, :] - positions_BS[:, :, None])
+        buckets_BSS = relative_position_bucket(
+            positions_BS[:, None, :] - positions_BS[:, :, None], weight.shape[1], relative_bias.max_distance
+        )
         one_hot = F.one_hot(buckets_BSS, weight.shape[1]).to(weight.dtype)
         self._bias_BHSS = F.linear(one_hot, weight).permute(0, 3, 1, 2)
         self._dropout = dropout
 
-    def __call__(self, qkv_BS3HD: torch.Tensor) -> torch.Tensor:
-        """See pretrain.attention.Attention."""
+    def __call__(self, qkv_N3HD: torch.Tensor) -> torch.Tensor:
+        """See pretrain.attention.Attention; the slots are padded ones."""
+        qkv_BS3HD = qkv_N3HD.view(len(self._mask_B1SS), -1, *qkv_N3HD.shape[1:])
         queries, keys, values = qkv_BS3HD.transpose(1, 3).unbind(2)
         scores = queries @ keys.mT / queries.shape[-1] ** 0.5 + self._mask_B1SS + self._bias_BHSS
-        return (F.dropout(scores.softmax(dim=-1), self._dropout) @ values).transpose(1, 2)
+        attended = F.dropout(scores.softmax(dim=-1), self._dropout) @ values
+        return attended.transpose(1, 2).flatten(0, 1)
 
 
 def dense_step(model: PMLM, layout: Layout) -> Step:
@@ -147,20 +166,20 @@ def dense_step(model: PMLM, layout: Layout) -> Step:
         for name, child in module.named_children():
             if isinstance(child, Dropout):
                 setattr(module, name, nn.Dropout(child.rate))
-    labels = torch.full_like(layout.ids_BS, -100).view(-1)
-    for slots_T in (layout.ae_slots_T, layout.par_slots_T):
-        if slots_T is not None:
-            labels[slots_T] = layout.targets_T
+    labels = padded(layout, labels_of(layout), -100).flatten()
+    with_padding = replace(
+        layout, ids_N=padded(layout, layout.ids_N).flatten(), positions_N=padded(layout, layout.positions_N).flatten(),
+        segments_N=padded(layout, layout.segments_N).flatten(),
+    )  # fmt: skip
     encoder = model.bert.encoder
     assert encoder.rel_pos_bias is not None
 
     def step() -> float:
-        hidden = model.bert.embeddings(layout)
+        hidden = model.bert.embeddings(with_padding)
         attention = DenseAttention(layout, encoder.rel_pos_bias, model.config.dropout)  # type: ignore[arg-type]
         for layer in encoder.layer:
-            hidden = layer(hidden, attention)
-        logits = model.predict(hidden.flatten(0, 1))
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / layout.num_targets
+            hidden = layer(hidden, attention, None)
+        loss = F.cross_entropy(model.predict(hidden).float(), labels, reduction="sum") / layout.num_targets
         loss.backward()
         model.zero_grad()
         return float(loss.detach())
@@ -206,7 +225,7 @@ def interleaved_seconds(steps: dict[str, Step], repetitions: int, advance: Calla
 def matmul_flops_per_s(setting: Setting, num_slots: int, repetitions: int) -> float:
     """The rate of the products that the layers' weights take part in: forward, and both of the backward pass."""
     config, dtype = setting.config, _DTYPES[setting.precision]
-    hidden, slots = config.hidden_size, setting.num_samples * num_slots
+    hidden, slots = config.hidden_size, num_slots
     seconds, operations = 0.0, 0
     for size_out, size_in in (
         (3 * hidden, hidden),
@@ -368,7 +387,7 @@ def _measure(setting: Setting, names: list[str], text: Text, repetitions: int, a
     batch = text.batch(setting.length_tokens, setting.num_samples)
     layout = pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=text.mask_id)
     needed = step_flops(setting.config, layout).needed
-    rate = matmul_flops_per_s(setting, layout.ids_BS.shape[1], repetitions)
+    rate = matmul_flops_per_s(setting, len(layout.ids_N), repetitions)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "setting": asdict(setting), "title": str(setting), "seconds": seconds, "medians": medians,

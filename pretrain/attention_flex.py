@@ -22,48 +22,65 @@ class FlexAttention:
 
     def __init__(self, layout: Layout, relative_bias: RelativePositionBias | None, dropout_rate: float) -> None:
         """Raises ValueError for what FlexAttention cannot: drop probabilities, or train on a CPU."""
-        device = layout.ids_BS.device
         if dropout_rate:
             raise ValueError(f"flex attention cannot drop probabilities, and dropout is {dropout_rate}")
-        if device.type == "cpu" and torch.is_grad_enabled():
+        if layout.ids_N.device.type == "cpu" and torch.is_grad_enabled():
             raise ValueError("flex attention has no gradient on a CPU; pass --attention cpu")
-        num_samples, num_slots = layout.ids_BS.shape
-        self.mask_mod = mask_mod(layout)
-        self.score_mod = None if relative_bias is None else score_mod(layout, relative_bias)
-        self._flex, make_mask = _compiled() if device.type == "cuda" else (flex_attention, create_block_mask)
-        self._block_mask = make_mask(self.mask_mod, num_samples, None, num_slots, num_slots, device=device)
+        self._layout, self._relative_bias = layout, relative_bias
+        self._of_all = _Rows(layout, relative_bias, None)
 
-    def __call__(self, qkv_BS3HD: torch.Tensor) -> torch.Tensor:
+    def __call__(self, qkv_N3HD: torch.Tensor) -> torch.Tensor:
         """See Attention."""
-        queries_BHSD, keys_BHSD, values_BHSD = qkv_BS3HD.transpose(1, 3).unbind(2)
-        attended_BHSD: torch.Tensor = self._flex(
-            queries_BHSD, keys_BHSD, values_BHSD, score_mod=self.score_mod, block_mask=self._block_mask
-        )
-        return attended_BHSD.transpose(1, 2)
+        return self._of_all.attend(*qkv_N3HD.unbind(1))
+
+    def of_predicted(self, queries_RHD: torch.Tensor, keys_values_N2HD: torch.Tensor) -> torch.Tensor:
+        """See Attention."""
+        rows = _Rows(self._layout, self._relative_bias, self._layout.predicted_R)
+        return rows.attend(queries_RHD, *keys_values_N2HD.unbind(1))
 
 
-def mask_mod(layout: Layout) -> Callable[..., torch.Tensor]:
-    """FlexAttention's question whether a query slot sees a key slot."""
-    roles_S, turns_BS = layout.roles_S, layout.turns_BS
+class _Rows:
+    """Queries of all slots, or of those in `slots_R`, against all keys."""
 
-    def sees(sample: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
-        seen: torch.Tensor = visible(roles_S[query], turns_BS[sample, query], roles_S[key], turns_BS[sample, key])
+    def __init__(
+        self, layout: Layout, relative_bias: RelativePositionBias | None, slots_R: torch.Tensor | None
+    ) -> None:
+        device, num_slots = layout.ids_N.device, len(layout.ids_N)
+        self._score_mod = None if relative_bias is None else score_mod(layout, relative_bias, slots_R)
+        self._flex, make_mask = _compiled() if device.type == "cuda" else (flex_attention, create_block_mask)
+        num_rows = num_slots if slots_R is None else len(slots_R)
+        self._block_mask = make_mask(mask_mod(layout, slots_R), None, None, num_rows, num_slots, device=device)
+
+    def attend(self, queries_QHD: torch.Tensor, keys_NHD: torch.Tensor, values_NHD: torch.Tensor) -> torch.Tensor:
+        one_batch = (x.transpose(0, 1)[None] for x in (queries_QHD, keys_NHD, values_NHD))
+        attended: torch.Tensor = self._flex(*one_batch, score_mod=self._score_mod, block_mask=self._block_mask)
+        return attended[0].transpose(0, 1)
+
+
+def mask_mod(layout: Layout, slots_R: torch.Tensor | None = None) -> Callable[..., torch.Tensor]:
+    """FlexAttention's question whether a query, a slot or a place in `slots_R`, sees a key slot."""
+    roles_N, turns_N, samples_N = layout.roles_N, layout.turns_N, layout.samples_N
+    roles_Q, turns_Q, samples_Q = (x if slots_R is None else x[slots_R] for x in (roles_N, turns_N, samples_N))
+
+    def sees(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        is_visible = visible(roles_Q[query], turns_Q[query], roles_N[key], turns_N[key])
+        seen: torch.Tensor = is_visible & (samples_Q[query] == samples_N[key])
         return seen
 
     return sees
 
 
-def score_mod(layout: Layout, relative_bias: RelativePositionBias) -> Callable[..., torch.Tensor]:
+def score_mod(
+    layout: Layout, relative_bias: RelativePositionBias, slots_R: torch.Tensor | None = None
+) -> Callable[..., torch.Tensor]:
     """FlexAttention's change of a score: the relative bias, from a table by distance, so that no bucket is computed."""
-    positions_BS = layout.positions_BS
-    largest = positions_BS.shape[1]  # a position is less than the number of slots
-    distances = torch.arange(-largest, largest + 1, device=positions_BS.device)
-    weight = relative_bias.weight.to(torch.promote_types(relative_bias.weight.dtype, torch.float32))
-    by_distance_HR = weight[:, relative_bias.bucket(distances)]
+    positions_N = layout.positions_N
+    positions_Q = positions_N if slots_R is None else positions_N[slots_R]
+    farthest = layout.longest  # a position is less than the number of slots
+    by_distance_HM = relative_bias.by_distance(farthest)
 
-    def add_bias(score: torch.Tensor, sample: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
-        distance = positions_BS[sample, key] - positions_BS[sample, query]
-        return score + by_distance_HR[head, distance + largest]
+    def add_bias(score: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        return score + by_distance_HM[head, positions_N[key] - positions_Q[query] + farthest]
 
     return add_bias
 

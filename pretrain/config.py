@@ -34,7 +34,7 @@ class RunConfig:
     activation_checkpointing: bool = False
     """Keep each layer's input alone and compute the rest again in the backward pass: less memory, more time."""
     compile: bool = False
-    """Compile the layers with torch.compile: minutes at the start; batches are padded to one shape."""
+    """Compile the layers with torch.compile: minutes at the start; batches are filled up to one shape."""
     max_steps: int | None = None
     """Stop after this optimizer step, counted from the run's start; by default the schedule's total_num_steps."""
     seed: int = 0

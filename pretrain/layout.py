@@ -24,7 +24,11 @@ mask that predicts it. `visible` is the rule; the grid is what it says.
 
 Sequence-to-sequence fine-tuning is the same rule: the source is the context, and every target token a turn of its own.
 
-Shapes: B samples, L context slots, P masked tokens, S = L + 2P slots (S = L where nothing is appended), T predictions.
+A batch's samples lie one behind the other, without padding: first a sample's context, then what is appended to it. Nobody
+sees another sample.
+
+Shapes: N slots of a batch, R of them predicted from, T targets, B samples; inside `pseudo_masked_layout` L context slots,
+P masked tokens and S = L + 2P slots of the longest sample.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,7 +46,6 @@ from data_prep.shards import SampleBatch
 
 CONTEXT, GIVEN, PSEUDO = 0, 1, 2
 PADDING_TURN = -1
-_CONTEXT_MULTIPLE = 8  # context slots are padded up to a multiple of this
 
 
 class Objective(str, Enum):
@@ -70,7 +74,7 @@ class Objective(str, Enum):
 
 
 def visible(query_role: Any, query_turn: Any, key_role: Any, key_turn: Any) -> Any:
-    """Whether the query slot may attend to the key slot; for NumPy arrays, torch tensors and kernels alike."""
+    """Whether the query slot may attend to the key slot of its sample; for NumPy arrays, torch tensors and kernels alike."""
     given_earlier = (key_role == GIVEN) & (key_turn > 0) & (key_turn < query_turn)
     own_turn = (key_role == query_role) & (key_turn > 0) & (key_turn == query_turn)
     return (key_turn == 0) | given_earlier | own_turn
@@ -78,28 +82,46 @@ def visible(query_role: Any, query_turn: Any, key_role: Any, key_turn: Any) -> A
 
 @dataclass(frozen=True)
 class Layout:
-    """A model input: what is in each slot, and which slots are predicted."""
+    """A model input: what is in each slot, and which slots are predicted from."""
 
-    ids_BS: torch.Tensor
-    positions_BS: torch.Tensor
-    segments_BS: torch.Tensor
-    roles_S: torch.Tensor
-    turns_BS: torch.Tensor
-    num_context: int
-    """L: slots [0, L) are the context, slots [L, S) are appended."""
+    ids_N: torch.Tensor
+    positions_N: torch.Tensor
+    segments_N: torch.Tensor
+    roles_N: torch.Tensor
+    turns_N: torch.Tensor
+    samples_N: torch.Tensor
+    """Which sample of the batch a slot is of."""
+    edges: tuple[int, ...]
+    """Sample b has the slots edges[b] to edges[b + 1]; behind the last there may be filler, for one shape."""
+    context_lengths: tuple[int, ...]
+    """L of each sample: its first slots, at positions 0 to L - 1."""
     num_tokens: int
-    """Tokens of text in the batch, padding and appended slots not counted."""
+    """Tokens of text in the batch, appended slots not counted."""
+    predicted_R: torch.Tensor
+    """The slots whose last vectors the loss needs, in ascending order; filler is slot 0."""
+    predicted_edges: tuple[int, ...]
+    """Sample b has the places predicted_edges[b] to predicted_edges[b + 1] of predicted_R."""
     targets_T: torch.Tensor
     """The masked tokens' original ids."""
-    ae_slots_T: torch.Tensor | None
-    """Where AE predicts each target: indices into the B * S slots; None if the objective has no AE."""
-    par_slots_T: torch.Tensor | None
+    ae_places_T: torch.Tensor | None
+    """Where in predicted_R AE predicts each target; None if the objective has no AE."""
+    par_places_T: torch.Tensor | None
     """Where PAR predicts each target; None if the objective has no PAR."""
 
     @property
     def num_targets(self) -> int:
         """T: masked tokens."""
         return len(self.targets_T)
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.context_lengths)
+
+    @property
+    def longest(self) -> int:
+        """Slots of the sample that has the most."""
+        return max(stop - start for start, stop in pairwise(self.edges))
 
     def to(self, device: torch.device) -> Layout:
         """The same layout on a device; from pinned memory, the copy goes on while the host does."""
@@ -117,54 +139,77 @@ class Layout:
 def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: int, one_shape: bool = False) -> Layout:
     """The layout of pre-training. A pseudo mask is the mask id (as in the released models): its row sets it apart.
 
-    `one_shape` pads to the longest sample that the data set may hold, not to that of the batch.
+    `one_shape` fills up to the slots that so many samples of the data set may have at most.
     """
     batch = batch.as_int64()
-    num_context = -(-int(batch.length_B.max()) // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
-    num_context = min(num_context, batch.tokens_BL.shape[1])
-    num_masked = int(batch.num_masked_B.max())
-    if one_shape:
-        num_context, num_masked = batch.tokens_BL.shape[1], batch.positions_BP.shape[1]
-    tokens_BL = batch.tokens_BL[:, :num_context]
-    positions_BP, turns_BP = batch.positions_BP[:, :num_masked], batch.turns_BP[:, :num_masked]
+    num_context, num_masked = batch.tokens_BL.shape[1], batch.positions_BP.shape[1]
     is_masked_BP = np.arange(num_masked) < batch.num_masked_B[:, None]
-    if objective.one_token_turns:
-        turns_BP = np.broadcast_to(np.arange(1, num_masked + 1), positions_BP.shape)
-    turns_BP = np.where(is_masked_BP, turns_BP, PADDING_TURN)
-    originals_BP = np.take_along_axis(tokens_BL, positions_BP, axis=1)
-
-    row, place = np.nonzero(is_masked_BP)
-    context_ids_BL = tokens_BL.copy()
-    context_ids_BL[row, positions_BP[row, place]] = batch.shown_BP[row, place]
+    sample_T, place_T = np.nonzero(is_masked_BP)
+    position_T = batch.positions_BP[sample_T, place_T]
+    context_ids_BL = batch.tokens_BL.copy()
+    context_ids_BL[sample_T, position_T] = batch.shown_BP[sample_T, place_T]
     slot_L = np.arange(num_context)
-    context_turns_BL = np.where(slot_L < batch.length_B[:, None], 0, PADDING_TURN)
-    segments_BL = (slot_L >= batch.segment_boundary_B[:, None]).astype(np.int64)
+    segments_BL = slot_L >= batch.segment_boundary_B[:, None]
 
-    ids, turns = [context_ids_BL], [context_turns_BL]
-    positions, segments = [np.broadcast_to(slot_L, tokens_BL.shape)], [segments_BL]
-    roles = [np.full(num_context, CONTEXT)]
+    is_slot = [slot_L < batch.length_B[:, None]]
+    ids, positions = [context_ids_BL], [np.broadcast_to(slot_L, context_ids_BL.shape)]
+    segments, turns, roles = [segments_BL], [np.zeros_like(context_ids_BL)], [np.full_like(context_ids_BL, CONTEXT)]
     if objective.has_par:
-        segments_BP = np.take_along_axis(segments_BL, positions_BP, axis=1)
+        turns_BP = batch.turns_BP
+        if objective.one_token_turns:
+            turns_BP = np.broadcast_to(np.arange(1, num_masked + 1), turns_BP.shape)
+        originals_BP = np.take_along_axis(batch.tokens_BL, batch.positions_BP, axis=1)
+        segments_BP = np.take_along_axis(segments_BL, batch.positions_BP, axis=1)
         for role, ids_BP in ((GIVEN, originals_BP), (PSEUDO, np.full_like(originals_BP, mask_id))):
+            is_slot.append(is_masked_BP)
             ids.append(ids_BP)
-            positions.append(positions_BP)
+            positions.append(batch.positions_BP)
             segments.append(segments_BP)
             turns.append(turns_BP)
-            roles.append(np.full(num_masked, role))
-    num_slots = num_context + (2 * num_masked if objective.has_par else 0)
+            roles.append(np.full_like(ids_BP, role))
+    is_slot_BS = np.concatenate(is_slot, axis=1)
+    slot_BS = (np.cumsum(is_slot_BS) - 1).reshape(is_slot_BS.shape)
+    num_slots, fill = int(is_slot_BS.sum()), is_slot_BS.size if one_shape else 0
+
+    def in_a_row(parts: list[np.ndarray], filler: int) -> torch.Tensor:
+        return _filled(np.concatenate(parts, axis=1)[is_slot_BS].astype(np.int64), fill, filler)
+
+    predicted_from: dict[str, np.ndarray | None] = {
+        "ae": slot_BS[sample_T, position_T] if objective.has_ae else None,
+        "par": slot_BS[sample_T, num_context + num_masked + place_T] if objective.has_par else None,
+    }
+    slots = np.concatenate([s for s in predicted_from.values() if s is not None])
+    is_predicted_N = np.zeros(num_slots, dtype=bool)
+    is_predicted_N[slots] = True
+    places_N = np.cumsum(is_predicted_N) - 1
+    per_target = len(slots) // len(sample_T)
+    places = {
+        name: None if slots_T is None else torch.from_numpy(places_N[slots_T])
+        for name, slots_T in predicted_from.items()
+    }
     return Layout(
-        ids_BS=_joined(ids),
-        positions_BS=_joined(positions),
-        segments_BS=_joined(segments),
-        roles_S=torch.from_numpy(np.concatenate(roles)),
-        turns_BS=_joined(turns),
-        num_context=num_context,
+        ids_N=in_a_row(ids, 0),
+        positions_N=in_a_row(positions, 0),
+        segments_N=in_a_row(segments, 0),
+        roles_N=in_a_row(roles, CONTEXT),
+        turns_N=in_a_row(turns, PADDING_TURN),
+        samples_N=_filled(np.nonzero(is_slot_BS)[0], fill, len(is_slot_BS)),
+        edges=_edges(is_slot_BS.sum(axis=1)),
+        context_lengths=tuple(batch.length_B.tolist()),
         num_tokens=int(batch.length_B.sum()),
-        targets_T=torch.from_numpy(originals_BP[row, place]),
-        ae_slots_T=torch.from_numpy(row * num_slots + positions_BP[row, place]) if objective.has_ae else None,
-        par_slots_T=torch.from_numpy(row * num_slots + num_context + num_masked + place) if objective.has_par else None,
+        predicted_R=_filled(np.flatnonzero(is_predicted_N), is_masked_BP.size * per_target if one_shape else 0, 0),
+        predicted_edges=_edges(batch.num_masked_B * per_target),
+        targets_T=torch.from_numpy(batch.tokens_BL[sample_T, position_T]),
+        ae_places_T=places["ae"],
+        par_places_T=places["par"],
     )
 
 
-def _joined(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts, axis=1))
+def _filled(values: np.ndarray, least_length: int, filler: int) -> torch.Tensor:
+    filled = np.full(max(len(values), least_length), filler, dtype=np.int64)
+    filled[: len(values)] = values
+    return torch.from_numpy(filled)
+
+
+def _edges(lengths: np.ndarray) -> tuple[int, ...]:
+    return (0, *np.cumsum(lengths).tolist())

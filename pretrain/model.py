@@ -2,7 +2,7 @@
 
 Modules are named as in the released UniLMv2 checkpoints, so their tensors load by name. The model knows no trainer.
 
-Shapes: B samples, S slots, H hidden size, T predictions, V vocabulary.
+Shapes: N slots of a batch, R of them predicted from, H hidden size, T predictions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -115,9 +115,14 @@ class PMLM(nn.Module):
             layer.compile(dynamic=False)
 
     def encode(self, layout: Layout) -> torch.Tensor:
-        """The last layer's vectors of all slots, [B, S, H]."""
-        hidden_BSH: torch.Tensor = self.bert(layout)
-        return hidden_BSH
+        """The last layer's vectors of all slots, [N, H]."""
+        hidden_NH: torch.Tensor = self.bert(layout)
+        return hidden_NH
+
+    def encode_predicted(self, layout: Layout) -> torch.Tensor:
+        """Those of the slots that are predicted from, [R, H]; the last layer computes no others."""
+        hidden_RH: torch.Tensor = self.bert(layout, is_predicted_only=True)
+        return hidden_RH
 
     def predict(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Logits over the vocabulary, [T, V]."""
@@ -126,14 +131,14 @@ class PMLM(nn.Module):
 
     def forward(self, layout: Layout) -> PretrainingLosses:
         """Cross-entropy of the layout's targets, AE and PAR; the head runs on the predicted slots alone."""
-        hidden = self.encode(layout).flatten(0, 1)
-        slots = [s for s in (layout.ae_slots_T, layout.par_slots_T) if s is not None]
+        hidden_RH = self.encode_predicted(layout)
+        places = [p for p in (layout.ae_places_T, layout.par_places_T) if p is not None]
         losses, correct = self.cls.predictions.losses(
-            hidden.index_select(0, torch.cat(slots)), layout.targets_T.repeat(len(slots))
+            hidden_RH.index_select(0, torch.cat(places)), layout.targets_T.repeat(len(places))
         )
         losses, correct = losses.split(layout.num_targets), correct.split(layout.num_targets)
-        zero = hidden.new_zeros(())
-        has_ae, has_par = layout.ae_slots_T is not None, layout.par_slots_T is not None
+        zero = hidden_RH.new_zeros(())
+        has_ae, has_par = layout.ae_places_T is not None, layout.par_places_T is not None
         return PretrainingLosses(
             ae_sum=losses[0].sum() if has_ae else zero,
             par_sum=losses[-1].sum() if has_par else zero,
@@ -173,8 +178,8 @@ class _Bert(nn.Module):
         self.embeddings = _Embeddings(config)
         self.encoder = _Encoder(config)
 
-    def forward(self, layout: Layout) -> torch.Tensor:
-        return self.encoder(self.embeddings(layout), layout)  # type: ignore[no-any-return]
+    def forward(self, layout: Layout, is_predicted_only: bool = False) -> torch.Tensor:
+        return self.encoder(self.embeddings(layout), layout, is_predicted_only)  # type: ignore[no-any-return]
 
 
 class _Embeddings(nn.Module):
@@ -188,9 +193,9 @@ class _Embeddings(nn.Module):
 
     def forward(self, layout: Layout) -> torch.Tensor:
         vectors = (
-            self.word_embeddings(layout.ids_BS)
-            + self.position_embeddings(layout.positions_BS)
-            + self.token_type_embeddings(layout.segments_BS)
+            self.word_embeddings(layout.ids_N)
+            + self.position_embeddings(layout.positions_N)
+            + self.token_type_embeddings(layout.segments_N)
         )
         return self.dropout(self.LayerNorm(vectors))  # type: ignore[no-any-return]
 
@@ -209,16 +214,17 @@ class _Encoder(nn.Module):
             else None
         )
 
-    def forward(self, hidden_BSH: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, hidden_NH: torch.Tensor, layout: Layout, is_predicted_only: bool) -> torch.Tensor:
         dropout_rate = self.dropout if self.training else 0.0
         backend = choose_backend(layout, self.num_heads, dropout_rate) if self.attention == "auto" else self.attention
         attention = make_attention(backend, layout, self.rel_pos_bias, dropout_rate)
-        for layer in self.layer:
+        for index, layer in enumerate(self.layer, start=1):
+            slots_R = layout.predicted_R if is_predicted_only and index == len(self.layer) else None
             if self.activation_checkpointing and self.training:
-                hidden_BSH = checkpoint(layer, hidden_BSH, attention, use_reentrant=False)
+                hidden_NH = checkpoint(layer, hidden_NH, attention, slots_R, use_reentrant=False)
             else:
-                hidden_BSH = layer(hidden_BSH, attention)
-        return hidden_BSH
+                hidden_NH = layer(hidden_NH, attention, slots_R)
+        return hidden_NH
 
 
 class _Layer(nn.Module):
@@ -228,9 +234,10 @@ class _Layer(nn.Module):
         self.intermediate = _Dense(config.hidden_size, config.intermediate_size)
         self.output = _AddAndNorm(config.intermediate_size, config)
 
-    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
-        attended_BSH = self.attention(hidden_BSH, attention)
-        return self.output(F.gelu(self.intermediate.dense(attended_BSH)), attended_BSH)  # type: ignore[no-any-return]
+    def forward(self, hidden_NH: torch.Tensor, attention: Attention, slots_R: torch.Tensor | None) -> torch.Tensor:
+        """Vectors of all slots, or of the layout's predicted ones, which are `slots_R`."""
+        attended = self.attention(hidden_NH, attention, slots_R)
+        return self.output(F.gelu(self.intermediate.dense(attended)), attended)  # type: ignore[no-any-return]
 
 
 class _Attention(nn.Module):
@@ -239,8 +246,11 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(config)
         self.output = _AddAndNorm(config.hidden_size, config)
 
-    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
-        return self.output(self.self(hidden_BSH, attention), hidden_BSH)  # type: ignore[no-any-return]
+    def forward(self, hidden_NH: torch.Tensor, attention: Attention, slots_R: torch.Tensor | None) -> torch.Tensor:
+        if slots_R is None:
+            return self.output(self.self(hidden_NH, attention), hidden_NH)  # type: ignore[no-any-return]
+        residual_RH = hidden_NH.index_select(0, slots_R)
+        return self.output(self.self.of_predicted(hidden_NH, residual_RH, attention), residual_RH)  # type: ignore[no-any-return]
 
 
 class _SelfAttention(nn.Module):
@@ -253,10 +263,18 @@ class _SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, hidden_BSH: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def forward(self, hidden_NH: torch.Tensor, attention: Attention) -> torch.Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(hidden_BSH, self.qkv_linear.weight, bias)
-        return attention(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(2)
+        qkv = F.linear(hidden_NH, self.qkv_linear.weight, bias)
+        return attention(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(1)
+
+    def of_predicted(self, hidden_NH: torch.Tensor, hidden_RH: torch.Tensor, attention: Attention) -> torch.Tensor:
+        query_weight, key_value_weight = self.qkv_linear.weight.split([hidden_NH.shape[1], 2 * hidden_NH.shape[1]])
+        queries = F.linear(hidden_RH, query_weight, self.q_bias)
+        keys_values = F.linear(hidden_NH, key_value_weight, torch.cat([torch.zeros_like(self.v_bias), self.v_bias]))
+        return attention.of_predicted(
+            queries.unflatten(-1, (self.num_heads, -1)), keys_values.unflatten(-1, (2, self.num_heads, -1))
+        ).flatten(1)
 
 
 class _Dense(nn.Module):

@@ -60,9 +60,13 @@ class Trainer:
             inputs.batch_sizes.micro_batch,
             inputs.batch_sizes.accumulation_steps,
         )
+        # What is compiled, as flex attention is on CUDA, is compiled for each shape; flex is left to where nothing is dropped.
+        is_flex = self._engine.device.type == "cuda" and self._config.attention in ("auto", "flex")
+        self._validation_has_one_shape = self._config.compile or is_flex
         batches = TrainingBatches(
-            inputs.data, self._config.objective, self._share, self._config.seed, one_shape=self._config.compile
-        )
+            inputs.data, self._config.objective, self._share, self._config.seed,
+            one_shape=self._config.compile or (is_flex and inputs.model.dropout == 0),
+        )  # fmt: skip
         self._batches = BatchesAhead(
             batches, self._samples_consumed, inputs.total_steps * self._share.train_batch, self._share.train_batch,
             is_pinned=self._engine.device.type == "cuda",
@@ -158,7 +162,7 @@ class Trainer:
         batches = self._batches.call(
             validation_batches,
             self._inputs.data, self._config.objective, self._share, self._config.validation_samples,
-            one_shape=self._config.compile,
+            one_shape=self._validation_has_one_shape,
         )  # fmt: skip
         sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
         with progress_bar(

@@ -11,7 +11,7 @@ from support import MASK, VOCAB_SIZE, random_batch
 
 from pretrain.attention import AttentionBackend, RelativePositionBias, choose_backend, make_attention
 from pretrain.attention_flex import mask_mod, score_mod
-from pretrain.layout import CONTEXT, GIVEN, PADDING_TURN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
+from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
 from pretrain.model import PMLM, PMLMConfig
 
 HEADS, HEAD_SIZE = 4, 8
@@ -19,26 +19,26 @@ HEADS, HEAD_SIZE = 4, 8
 
 def seq2seq_like_layout() -> Layout:
     """Two sources as context, and their targets, longer than the sources, as originals and pseudo masks one by one."""
-    num_source, num_target = 16, 20
-    lengths = [(16, 20), (9, 13)]
-    turns = [
-        [0] * source + [PADDING_TURN] * (num_source - source)
-        + ([*range(1, target + 1)] + [PADDING_TURN] * (num_target - target)) * 2
-        for source, target in lengths
-    ]  # fmt: skip
-    positions = [[*range(num_source), *([*range(source, source + num_target)] * 2)] for source, _ in lengths]
-    ids = torch.randint(5, VOCAB_SIZE, (2, num_source + 2 * num_target), generator=torch.Generator().manual_seed(0))
-    slots = torch.tensor(turns).flatten().nonzero()[:0, 0]
+    roles, turns, positions, samples = [], [], [], []
+    for sample, (source, target) in enumerate([(16, 20), (9, 13)]):
+        roles += [CONTEXT] * source + [GIVEN] * target + [PSEUDO] * target
+        turns += [0] * source + [*range(1, target + 1)] * 2
+        positions += [*range(source), *([*range(source, source + target)] * 2)]
+        samples += [sample] * (source + 2 * target)
+    ids = torch.randint(5, VOCAB_SIZE, (len(roles),), generator=torch.Generator().manual_seed(0))
+    predicted = (torch.tensor(roles) == PSEUDO).nonzero()[:, 0]
     return Layout(
-        ids_BS=ids, positions_BS=torch.tensor(positions), segments_BS=torch.zeros_like(ids), turns_BS=torch.tensor(turns),
-        roles_S=torch.tensor([CONTEXT] * num_source + [GIVEN] * num_target + [PSEUDO] * num_target),
-        num_context=num_source, num_tokens=58, targets_T=slots, ae_slots_T=None, par_slots_T=slots,
+        ids_N=ids, positions_N=torch.tensor(positions), segments_N=torch.zeros_like(ids), roles_N=torch.tensor(roles),
+        turns_N=torch.tensor(turns), samples_N=torch.tensor(samples), edges=(0, 56, 91), context_lengths=(16, 9),
+        num_tokens=58, predicted_R=predicted, predicted_edges=(0, 20, 33), targets_T=ids[predicted], ae_places_T=None,
+        par_places_T=torch.arange(33),
     )  # fmt: skip
 
 
 LAYOUTS = {
     **{o.value: pseudo_masked_layout(random_batch(3), o, mask_id=MASK) for o in Objective},
     "full length": pseudo_masked_layout(random_batch(3, min_length=40), Objective.AE_PAR, mask_id=MASK),
+    "one shape": pseudo_masked_layout(random_batch(3), Objective.AE_PAR, mask_id=MASK, one_shape=True),
     "seq2seq": seq2seq_like_layout(),
 }
 
@@ -53,18 +53,20 @@ def make_bias() -> RelativePositionBias:
 def run(
     backend: AttentionBackend, layout: Layout, dtype: torch.dtype, rate: float = 0.0, has_bias: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Context vectors of slots that are no padding, and gradients of a random function of them."""
+    """Context vectors of slots that are no filler, of all and of the predicted, and gradients of a random function of them."""
     bias = make_bias().to(dtype) if has_bias else None
     torch.manual_seed(3)
-    num_samples, num_slots = layout.ids_BS.shape
-    qkv = torch.randn(num_samples, num_slots, 3, HEADS, HEAD_SIZE).to(dtype).requires_grad_()
-    weights = torch.randn(num_samples, num_slots, HEADS, HEAD_SIZE).to(dtype)
-    is_text = (layout.turns_BS >= 0)[:, :, None, None]
-    attended = make_attention(backend, layout, bias, rate)(qkv)
+    num_slots, num_real, num_predicted = len(layout.ids_N), layout.edges[-1], layout.predicted_edges[-1]
+    qkv = torch.randn(num_slots, 3, HEADS, HEAD_SIZE).to(dtype).requires_grad_()
+    queries = torch.randn(len(layout.predicted_R), HEADS, HEAD_SIZE).to(dtype).requires_grad_()
+    weights = torch.randn(num_real + num_predicted, HEADS, HEAD_SIZE).to(dtype)
+    attention = make_attention(backend, layout, bias, rate)
+    attended = torch.cat([attention(qkv)[:num_real], attention.of_predicted(queries, qkv[:, 1:])[:num_predicted]])
     assert attended.dtype == dtype
-    (attended * weights * is_text).sum().backward()
+    (attended * weights).sum().backward()
     assert qkv.grad is not None
-    found = {"attended": (attended * is_text).detach(), "qkv": qkv.grad}
+    assert queries.grad is not None
+    found = {"attended": attended.detach(), "qkv": qkv.grad, "queries": queries.grad}
     if bias is not None:
         assert bias.weight.grad is not None
         found["bias"] = bias.weight.grad
@@ -95,16 +97,31 @@ def test_cpu_drops_the_probabilities_that_the_reference_drops(name: str) -> None
     layout = replace(LAYOUTS["full length"]) if name == "full length" else pseudo_masked_layout(
         random_batch(3, min_length=40), Objective.AE, mask_id=MASK
     )  # fmt: skip
+    layout = replace(layout, predicted_R=layout.predicted_R[:0], predicted_edges=(0, 0, 0, 0))  # of all slots alone
     reference, found = (run(b, layout, torch.float64, rate=0.3) for b in ("reference", "cpu"))
     plain = run("reference", layout, torch.float64)
-    for name in reference:
+    for name in ("attended", "qkv", "bias"):
         torch.testing.assert_close(found[name], reference[name], rtol=0, atol=1e-13)
         assert not torch.allclose(plain[name], reference[name], atol=1e-2)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@torch.no_grad()
+def test_dropout_in_the_last_layer_leaves_the_mean(backend: AttentionBackend) -> None:
+    layout, bias = LAYOUTS["ae+par"], make_bias()
+    torch.manual_seed(0)
+    queries, keys_values = torch.randn(len(layout.predicted_R), HEADS, 4), torch.randn(len(layout.ids_N), 2, HEADS, 4)
+    dropped = make_attention(backend, layout, bias, 0.2)
+    expected = make_attention(backend, layout, bias, 0.0).of_predicted(queries, keys_values)
+    draws = torch.stack([dropped.of_predicted(queries, keys_values) for _ in range(400)])
+    errors = (draws.mean(dim=0) - expected) / (draws.std(dim=0) / 20)
+    assert 0.9 < errors.std() < 1.1
+    assert abs(errors.mean()) < 0.2
+
+
 def test_gradients_of_cpu_against_finite_differences() -> None:
     layout, bias = LAYOUTS["full length"], make_bias().double()
-    qkv = torch.randn(3, layout.ids_BS.shape[1], 3, HEADS, 2, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(len(layout.ids_N), 3, HEADS, 2, dtype=torch.float64, requires_grad=True)
 
     def attend(qkv: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(0)  # the same dropout each time
@@ -119,24 +136,20 @@ class _Whole(torch.nn.Module):
         self.layout, self.bias = layout, bias
 
     def forward(self, qkv: torch.Tensor) -> torch.Tensor:
-        return make_attention("cpu", self.layout, self.bias, 0.2)(qkv)
+        attention = make_attention("cpu", self.layout, self.bias, 0.2)
+        return torch.cat([attention(qkv), attention.of_predicted(qkv[self.layout.predicted_R, 0], qkv[:, 1:])])
 
 
 def test_cpu_never_holds_the_scores_of_more_than_a_sample_nor_booleans_for_each_head() -> None:
     layout = pseudo_masked_layout(random_batch(8, min_length=40), Objective.AE_PAR, mask_id=MASK)
-    num_slots = layout.ids_BS.shape[1]
-    num_appended = num_slots - layout.num_context
     bias = RelativePositionBias(16, 32, 20)
     torch.nn.init.normal_(bias.weight)
-    attend = make_attention("cpu", layout, bias, 0.1)
-    qkv = torch.randn(8, num_slots, 3, 16, 1, requires_grad=True)
+    qkv = torch.randn(len(layout.ids_N), 3, 16, 1, requires_grad=True)
     with LargestTensor() as largest:
-        attend(qkv).sum().backward()
-    of_a_batch = 8 * 16 * num_appended * num_slots  # the appended rows' bias and its gradient
-    assert largest.num_elements <= of_a_batch < 8 * 16 * layout.num_context**2
-    with LargestTensor() as largest:
-        make_attention("cpu", layout, bias, 0.1)
-    assert largest.num_bools <= 8 * num_appended * num_slots
+        make_attention("cpu", layout, bias, 0.1)(qkv).sum().backward()
+    of_a_sample = max(max(layout.context_lengths) ** 2, layout.longest * (layout.longest - min(layout.context_lengths)))
+    assert largest.num_elements <= 16 * of_a_sample < 8 * 16 * min(layout.context_lengths) ** 2
+    assert largest.num_bools <= of_a_sample
 
 
 @pytest.mark.slow
@@ -144,11 +157,12 @@ def test_cpu_never_holds_the_scores_of_more_than_a_sample_nor_booleans_for_each_
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()  # on CPU FlexAttention has no backward pass
 def test_flex_equals_the_reference_in_value(layout: Layout) -> None:
-    bias, qkv = make_bias(), torch.randn(*layout.ids_BS.shape, 3, HEADS, HEAD_SIZE)
-    bias.requires_grad_(False)
-    found, expected = (make_attention(b, layout, bias, 0.0)(qkv) for b in ("flex", "reference"))
-    is_text = layout.turns_BS >= 0
-    torch.testing.assert_close(found[is_text], expected[is_text], rtol=0, atol=2e-6)
+    bias, qkv = make_bias(), torch.randn(len(layout.ids_N), 3, HEADS, HEAD_SIZE)
+    flex, reference = (make_attention(b, layout, bias, 0.0) for b in ("flex", "reference"))
+    num_real, num_predicted = layout.edges[-1], layout.predicted_edges[-1]
+    torch.testing.assert_close(flex(qkv)[:num_real], reference(qkv)[:num_real], rtol=0, atol=2e-6)
+    found, expected = (a.of_predicted(qkv[layout.predicted_R, 0], qkv[:, 1:]) for a in (flex, reference))
+    torch.testing.assert_close(found[:num_predicted], expected[:num_predicted], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -156,18 +170,26 @@ def test_what_flex_does_to_scores_equals_the_reference_in_gradient(layout: Layou
     """Its mask and its change of scores, in plain operations on dense scores."""
     expected, bias = run("reference", layout, torch.float64), make_bias().double()
     torch.manual_seed(3)
-    num_samples, num_slots = layout.ids_BS.shape
-    qkv = torch.randn(num_samples, num_slots, 3, HEADS, HEAD_SIZE).double().requires_grad_()
-    weights = torch.randn(num_samples, num_slots, HEADS, HEAD_SIZE).double()
-    q, k, v = qkv.transpose(1, 3).unbind(2)
-    index = [torch.arange(size).view([-1 if d == i else 1 for d in range(4)]) for i, size in enumerate(
-        (num_samples, HEADS, num_slots, num_slots))]  # fmt: skip
-    scores = score_mod(layout, bias)(q @ k.mT / HEAD_SIZE**0.5, *index)
-    attended = (scores.masked_fill(~mask_mod(layout)(*index), -torch.inf).softmax(-1) @ v).transpose(1, 2)
-    (attended * weights * (layout.turns_BS >= 0)[:, :, None, None]).sum().backward()
+    num_slots, num_real, num_predicted = len(layout.ids_N), layout.edges[-1], layout.predicted_edges[-1]
+    qkv = torch.randn(num_slots, 3, HEADS, HEAD_SIZE).double().requires_grad_()
+    queries = torch.randn(len(layout.predicted_R), HEADS, HEAD_SIZE).double().requires_grad_()
+    weights = torch.randn(num_real + num_predicted, HEADS, HEAD_SIZE).double()
+
+    def attend(queries: torch.Tensor, slots_R: torch.Tensor | None, num: int) -> torch.Tensor:
+        q, (k, v) = queries.transpose(0, 1)[None], qkv[:, 1:].permute(1, 2, 0, 3)[:, None]
+        index = [torch.arange(size).view([-1 if d == i else 1 for d in range(4)]) for i, size in enumerate(
+            (1, HEADS, len(queries), num_slots))]  # fmt: skip
+        scores = score_mod(layout, bias, slots_R)(q @ k.mT / HEAD_SIZE**0.5, *index)
+        is_hidden = ~mask_mod(layout, slots_R)(*index)
+        return (scores.masked_fill(is_hidden, -torch.inf)[:, :, :num].softmax(-1) @ v)[0].transpose(0, 1)
+
+    attended = torch.cat([attend(qkv[:, 0], None, num_real), attend(queries, layout.predicted_R, num_predicted)])
+    (attended * weights).sum().backward()
     assert qkv.grad is not None
+    assert queries.grad is not None
     assert bias.weight.grad is not None
     torch.testing.assert_close(qkv.grad, expected["qkv"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(queries.grad, expected["queries"], rtol=0, atol=1e-12)
     torch.testing.assert_close(bias.weight.grad, expected["bias"], rtol=0, atol=1e-12)
 
 
@@ -202,16 +224,18 @@ def test_cuda_equals_the_reference_on_cpu(backend: AttentionBackend, dtype: torc
 def test_the_reference_against_a_loop_over_queries_and_visible_keys() -> None:
     layout, bias = LAYOUTS["ae+par"], make_bias().double()
     torch.manual_seed(0)
-    qkv = torch.randn(*layout.ids_BS.shape, 3, HEADS, HEAD_SIZE, dtype=torch.float64)
-    found = make_attention("reference", layout, bias, 0.0)(qkv)
-    for b in range(len(qkv)):
-        bias_HSS = bias(layout.positions_BS[b], layout.positions_BS[b])
-        for s in range(qkv.shape[1]):
-            keys = visible(layout.roles_S[s], layout.turns_BS[b, s], layout.roles_S, layout.turns_BS[b]).nonzero()[:, 0]
-            for h in range(HEADS):
-                scores = qkv[b, keys, 1, h] @ qkv[b, s, 0, h] / HEAD_SIZE**0.5 + bias_HSS[h, s, keys]
-                expected = scores.softmax(0) @ qkv[b, keys, 2, h]
-                torch.testing.assert_close(found[b, s, h], expected, rtol=0, atol=1e-12)
+    qkv = torch.randn(len(layout.ids_N), 3, HEADS, HEAD_SIZE, dtype=torch.float64)
+    attention = make_attention("reference", layout, bias, 0.0)
+    found = attention(qkv)
+    bias_HNN = bias(layout.positions_N, layout.positions_N)
+    roles, turns, samples = layout.roles_N, layout.turns_N, layout.samples_N
+    for slot in range(len(qkv)):
+        keys = ((samples == samples[slot]) & visible(roles[slot], turns[slot], roles, turns)).nonzero()[:, 0]
+        for h in range(HEADS):
+            scores = qkv[keys, 1, h] @ qkv[slot, 0, h] / HEAD_SIZE**0.5 + bias_HNN[h, slot, keys]
+            torch.testing.assert_close(found[slot, h], scores.softmax(0) @ qkv[keys, 2, h], rtol=0, atol=1e-12)
+    of_predicted = attention.of_predicted(qkv[layout.predicted_R, 0], qkv[:, 1:])
+    torch.testing.assert_close(of_predicted, found[layout.predicted_R], rtol=0, atol=1e-12)
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -221,6 +245,5 @@ def test_an_unknown_backend_is_refused() -> None:
 
 def test_auto_is_the_loop_over_samples_where_it_pays() -> None:
     layout = LAYOUTS["ae"]
-    num_slots = layout.ids_BS.shape[1]
-    enough = -(-(2**17) // num_slots**2)
+    enough = -(-(2**17) // layout.longest**2)
     assert [choose_backend(layout, heads, 0.1) for heads in (enough - 1, enough)] == ["reference", "cpu"]

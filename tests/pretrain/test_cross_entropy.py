@@ -59,10 +59,10 @@ def test_the_tied_embedding_gets_both_gradients() -> None:
     model = PMLM(PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=32, max_positions=64)).double().eval()
     layout = pseudo_masked_layout(random_batch(4), Objective.AE_PAR, mask_id=MASK)
     losses = model(layout)
-    assert layout.ae_slots_T is not None
-    assert layout.par_slots_T is not None
-    logits = model.predict(model.encode(layout).flatten(0, 1))
-    expected = [logits[slots] for slots in (layout.ae_slots_T, layout.par_slots_T)]
+    assert layout.ae_places_T is not None
+    assert layout.par_places_T is not None
+    logits = model.predict(model.encode(layout)[layout.predicted_R])
+    expected = [logits[places] for places in (layout.ae_places_T, layout.par_places_T)]
     sums = [F.cross_entropy(e, layout.targets_T, reduction="sum") for e in expected]
     torch.testing.assert_close(torch.stack([losses.ae_sum, losses.par_sum]), torch.stack(sums))
     for found, logits in zip((losses.ae_correct, losses.par_correct), expected, strict=True):

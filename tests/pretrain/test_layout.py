@@ -42,10 +42,11 @@ def paper_example() -> SampleBatch:
     )
 
 
-def sees(layout: Layout, sample: int = 0) -> np.ndarray:
-    """Who may attend to whom, bool [S, S]."""
-    roles, turns = layout.roles_S.numpy(), layout.turns_BS[sample].numpy()
-    return np.asarray(visible(roles[:, None], turns[:, None], roles[None, :], turns[None, :]))
+def sees(layout: Layout) -> np.ndarray:
+    """Who may attend to whom, bool [N, N]."""
+    roles, turns, samples = layout.roles_N.numpy(), layout.turns_N.numpy(), layout.samples_N.numpy()
+    is_visible = visible(roles[:, None], turns[:, None], roles[None, :], turns[None, :])
+    return np.asarray(is_visible & (samples[:, None] == samples))
 
 
 def test_grid_of_the_paper() -> None:
@@ -56,26 +57,64 @@ def test_grid_of_the_paper() -> None:
 
 def test_slots_of_the_paper() -> None:
     layout = pseudo_masked_layout(paper_example(), Objective.AE_PAR, mask_id=MASK)
-    assert layout.ids_BS.tolist() == [[11, MASK, 13, MASK, MASK, 16, 14, 15, 12, MASK, MASK, MASK]]
-    assert layout.positions_BS.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 1, 3, 4, 1]]
-    assert layout.segments_BS.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0]]
-    assert layout.roles_S.tolist() == [CONTEXT] * 6 + [GIVEN] * 3 + [PSEUDO] * 3
-    assert layout.turns_BS.tolist() == [[0] * 6 + [1, 1, 2] * 2]
+    assert layout.ids_N.tolist() == [11, MASK, 13, MASK, MASK, 16, 14, 15, 12, MASK, MASK, MASK]
+    assert layout.positions_N.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 1, 3, 4, 1]
+    assert layout.segments_N.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0]
+    assert layout.roles_N.tolist() == [CONTEXT] * 6 + [GIVEN] * 3 + [PSEUDO] * 3
+    assert layout.turns_N.tolist() == [0] * 6 + [1, 1, 2] * 2
+    assert (layout.edges, layout.context_lengths, layout.predicted_edges) == ((0, 12), (6,), (0, 6))
     assert layout.targets_T.tolist() == [14, 15, 12]
-    assert layout.ae_slots_T is not None
-    assert layout.ae_slots_T.tolist() == [3, 4, 1]
-    assert layout.par_slots_T is not None
-    assert layout.par_slots_T.tolist() == [9, 10, 11]
+    assert layout.ae_places_T is not None
+    assert layout.predicted_R[layout.ae_places_T].tolist() == [3, 4, 1]
+    assert layout.par_places_T is not None
+    assert layout.predicted_R[layout.par_places_T].tolist() == [9, 10, 11]
+    assert layout.predicted_R.tolist() == [1, 3, 4, 9, 10, 11]
+
+
+def test_samples_lie_one_behind_the_other() -> None:
+    """A batch's layout is its samples' layouts, the numbers of slots and places moved on."""
+    batch = random_batch(5)
+    together = pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=MASK)
+    alone = [pseudo_masked_layout(batch[[row]], Objective.AE_PAR, mask_id=MASK) for row in range(5)]
+    assert len(set(together.context_lengths)) > 2
+    for name in ("ids_N", "positions_N", "segments_N", "roles_N", "turns_N", "targets_T"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(layout, name) for layout in alone])), name
+    for sample, layout in enumerate(alone):
+        start, stop = together.edges[sample : sample + 2]
+        first, last = together.predicted_edges[sample : sample + 2]
+        assert together.samples_N[start:stop].tolist() == [sample] * len(layout.ids_N)
+        assert torch.equal(together.predicted_R[first:last], layout.predicted_R + start)
+    for name in ("ae_places_T", "par_places_T"):
+        moved = [getattr(layout, name) + first for layout, first in zip(alone, together.predicted_edges, strict=False)]
+        assert torch.equal(getattr(together, name), torch.cat(moved)), name
+
+
+def test_one_shape_is_filled_behind_the_samples() -> None:
+    shapes = set()
+    for seed in range(3):
+        batch = random_batch(4, seed=seed)
+        plain, filled = (
+            pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=MASK, one_shape=o) for o in (False, True)
+        )
+        shapes.add((len(filled.ids_N), len(filled.predicted_R)))
+        assert torch.equal(filled.ids_N[: len(plain.ids_N)], plain.ids_N)
+        assert torch.equal(filled.predicted_R[: len(plain.predicted_R)], plain.predicted_R)
+        filler = slice(len(plain.ids_N), None)
+        assert not sees(filled)[:, filler].any()
+        assert not sees(filled)[filler].any()
+        assert plain.edges == filled.edges
+    assert len(shapes) == 1
 
 
 @pytest.mark.parametrize("objective", list(Objective))
 def test_what_each_objective_appends_and_predicts(objective: Objective) -> None:
     layout = pseudo_masked_layout(paper_example(), objective, mask_id=MASK)
-    assert (layout.ae_slots_T is not None) == ("ae" in objective.value.split("+"))
-    assert (layout.par_slots_T is not None) == (objective is not Objective.AE)
-    assert layout.ids_BS.shape[1] == (6 if objective is Objective.AE else 12)
+    assert (layout.ae_places_T is not None) == ("ae" in objective.value.split("+"))
+    assert (layout.par_places_T is not None) == (objective is not Objective.AE)
+    assert len(layout.ids_N) == (6 if objective is Objective.AE else 12)
+    assert len(layout.predicted_R) == (6 if objective in (Objective.AE_PAR, Objective.AE_AR) else 3)
     if objective in (Objective.AR, Objective.AE_AR):
-        assert layout.turns_BS[0, 6:].tolist() == [1, 2, 3, 1, 2, 3]
+        assert layout.turns_N[6:].tolist() == [1, 2, 3, 1, 2, 3]
 
 
 @given(seed=st.integers(0, 10**6), objective=st.sampled_from([o for o in Objective if o.has_par]))
@@ -83,28 +122,16 @@ def test_what_each_objective_appends_and_predicts(objective: Objective) -> None:
 def test_no_path_leads_from_an_original_to_the_pseudo_mask_that_predicts_it(seed: int, objective: Objective) -> None:
     batch = random_batch(3, seed=seed)
     layout = pseudo_masked_layout(batch, objective, mask_id=MASK)
-    roles, length = layout.roles_S.numpy(), layout.num_context
-    for sample in range(3):
-        turns = layout.turns_BS[sample].numpy()
-        reaches = sees(layout, sample).T  # [from, to] over one layer
-        for _ in range(len(turns).bit_length()):
-            reaches = reaches | (reaches.astype(np.float32) @ reaches.astype(np.float32) > 0)
-        originals = np.flatnonzero((roles == GIVEN) & (turns > 0))
-        pseudo = np.flatnonzero((roles == PSEUDO) & (turns > 0))
-        for original in originals:
-            assert not reaches[original, :length].any()
-            not_later = pseudo[turns[pseudo] <= turns[original]]
-            assert not reaches[original, not_later].any()
-            assert reaches[original, pseudo[turns[pseudo] > turns[original]]].all()
-
-
-@pytest.mark.parametrize("objective", list(Objective))
-def test_padding_is_seen_by_nobody_and_everybody_sees_something(objective: Objective) -> None:
-    layout = pseudo_masked_layout(random_batch(8), objective, mask_id=MASK)
-    for sample in range(8):
-        seen = sees(layout, sample)
-        assert not seen[:, layout.turns_BS[sample].numpy() < 0].any()
-        assert seen.any(axis=1).all()
+    roles, turns, samples = (x.numpy() for x in (layout.roles_N, layout.turns_N, layout.samples_N))
+    reaches = sees(layout).T  # [from, to] over one layer
+    for _ in range(len(turns).bit_length()):
+        reaches = reaches | (reaches.astype(np.float32) @ reaches.astype(np.float32) > 0)
+    assert not reaches[samples[:, None] != samples].any()
+    for original in np.flatnonzero(roles == GIVEN):
+        assert not reaches[original, roles == CONTEXT].any()
+        is_own_pseudo = (roles == PSEUDO) & (samples == samples[original])
+        assert not reaches[original, is_own_pseudo & (turns <= turns[original])].any()
+        assert reaches[original, is_own_pseudo & (turns > turns[original])].all()
 
 
 def test_context_shows_what_was_drawn_and_the_originals_are_the_targets() -> None:
@@ -117,7 +144,8 @@ def test_context_shows_what_was_drawn_and_the_originals_are_the_targets() -> Non
             position = batch.positions_BP[sample, place]
             assert next(target) == batch.tokens_BL[sample, position]
             context[position] = batch.shown_BP[sample, place]
-        assert layout.ids_BS[sample, : len(context)].tolist() == context.tolist()
+        start = layout.edges[sample]
+        assert layout.ids_N[start : start + len(context)].tolist() == context.tolist()
     assert next(target, None) is None
 
 

@@ -13,7 +13,7 @@ from support import MASK, VOCAB_SIZE, random_batch
 from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pretrain.attention import relative_position_bucket
+from pretrain.attention import AttentionBackend, relative_position_bucket
 from pretrain.layout import GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig, layer_norm, nvidia_apex_folder
 
@@ -33,17 +33,17 @@ def make_model(config: PMLMConfig = CONFIG, dtype: torch.dtype = torch.float64) 
 
 
 def par_log_probabilities(model: PMLM, layout: Layout) -> torch.Tensor:
-    assert layout.par_slots_T is not None
-    logits = model.predict(model.encode(layout).flatten(0, 1)[layout.par_slots_T])
-    return F.log_softmax(logits, dim=-1)
+    assert layout.par_places_T is not None
+    return F.log_softmax(model.predict(model.encode_predicted(layout)[layout.par_places_T]), dim=-1)
 
 
 def only_slots(layout: Layout, keep: torch.Tensor) -> Layout:
     """The layout of one sample with just some of its slots, nothing predicted."""
+    names = ("ids_N", "positions_N", "segments_N", "roles_N", "turns_N", "samples_N")
+    num_context = int((layout.turns_N[keep] == 0).sum())
     return replace(
-        layout, ids_BS=layout.ids_BS[:, keep], positions_BS=layout.positions_BS[:, keep],
-        segments_BS=layout.segments_BS[:, keep], roles_S=layout.roles_S[keep], turns_BS=layout.turns_BS[:, keep],
-    )  # fmt: skip
+        layout, edges=(0, int(keep.sum())), context_lengths=(num_context,), **{n: getattr(layout, n)[keep] for n in names}
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", [Objective.AE_PAR, Objective.PAR, Objective.AR, Objective.AE_AR])
@@ -53,18 +53,14 @@ def test_one_pass_equals_a_pass_for_each_turn(objective: Objective, relative_buc
     model = make_model(replace(CONFIG, relative_buckets=relative_buckets))
     for seed in range(4):
         layout = pseudo_masked_layout(random_batch(1, seed=seed), objective, mask_id=MASK)
-        turns_S, roles_S = layout.turns_BS[0], layout.roles_S
+        turns_N, roles_N = layout.turns_N, layout.roles_N
         in_one_pass = par_log_probabilities(model, layout)
-        assert layout.par_slots_T is not None
-        for place, slot in enumerate(layout.par_slots_T.tolist()):
-            turn = turns_S[slot]
-            keep = (turns_S == 0) | ((roles_S == GIVEN) & (turns_S > 0) & (turns_S < turn)) | (
-                (roles_S == PSEUDO) & (turns_S == turn)
-            )  # fmt: skip
-            alone = only_slots(layout, keep)
+        assert layout.par_places_T is not None
+        for place, slot in enumerate(layout.predicted_R[layout.par_places_T].tolist()):
+            turn = turns_N[slot]
+            keep = (turns_N == 0) | ((roles_N == GIVEN) & (turns_N < turn)) | ((roles_N == PSEUDO) & (turns_N == turn))
             # Here the only rule left is: context sees context, the rest sees what it may of what is there.
-            alone = replace(alone, num_context=int((turns_S == 0).sum()))
-            hidden = model.encode(alone)[0, int(keep[:slot].sum())]
+            hidden = model.encode(only_slots(layout, keep))[int(keep[:slot].sum())]
             expected = F.log_softmax(model.predict(hidden[None]), dim=-1)[0]
             torch.testing.assert_close(in_one_pass[place], expected, rtol=0, atol=1e-9)
 
@@ -74,9 +70,23 @@ def test_ae_in_one_pass_equals_the_context_alone(objective: Objective) -> None:
     model = make_model()
     layout = pseudo_masked_layout(random_batch(3), objective, mask_id=MASK)
     alone = pseudo_masked_layout(random_batch(3), Objective.AE, mask_id=MASK)
-    hidden = model.encode(layout)[:, : layout.num_context]
+    hidden = model.encode(layout)[layout.turns_N == 0]
     torch.testing.assert_close(hidden, model.encode(alone), rtol=0, atol=1e-9)
     assert torch.isclose(model(layout).ae_sum, model(alone).ae_sum, rtol=0, atol=1e-4)  # a sum in fp32
+
+
+@pytest.mark.parametrize("attention", ["reference", "cpu"])
+@pytest.mark.parametrize("objective", list(Objective))
+def test_a_last_layer_of_the_predicted_slots_alone_gives_their_vectors(
+    objective: Objective, attention: AttentionBackend
+) -> None:
+    model = make_model()
+    model.bert.encoder.attention = attention
+    for one_shape in (False, True):
+        layout = pseudo_masked_layout(random_batch(4), objective, mask_id=MASK, one_shape=one_shape)
+        num_predicted = layout.predicted_edges[-1]
+        expected = model.encode(layout)[layout.predicted_R[:num_predicted]]
+        torch.testing.assert_close(model.encode_predicted(layout)[:num_predicted], expected, rtol=0, atol=1e-9)
 
 
 def test_ar_is_par_with_one_token_turns() -> None:
@@ -92,22 +102,22 @@ def test_ar_is_par_with_one_token_turns() -> None:
 def test_a_masked_original_changes_no_prediction_of_its_own_or_an_earlier_turn(objective: Objective) -> None:
     model = make_model()
     layout = pseudo_masked_layout(random_batch(1, seed=5), objective, mask_id=MASK)
-    assert layout.par_slots_T is not None
-    turns_T = layout.turns_BS[0, layout.par_slots_T]
-    before, context = par_log_probabilities(model, layout), model.encode(layout)[:, : layout.num_context]
+    assert layout.par_places_T is not None
+    turns_T = layout.turns_N[layout.predicted_R[layout.par_places_T]]
+    num_context = layout.context_lengths[0]
+    before, context = par_log_probabilities(model, layout), model.encode(layout)[:num_context]
     for place in range(layout.num_targets):
-        original_slot = layout.num_context + place
-        ids = layout.ids_BS.clone()
-        ids[0, original_slot] = 5 + (ids[0, original_slot] + 1) % (VOCAB_SIZE - 5)
-        changed = replace(layout, ids_BS=ids)
+        ids = layout.ids_N.clone()
+        ids[num_context + place] = 5 + (ids[num_context + place] + 1) % (VOCAB_SIZE - 5)
+        changed = replace(layout, ids_N=ids)
         after = par_log_probabilities(model, changed)
         later = turns_T > turns_T[place]
         assert torch.equal(before[~later], after[~later])
-        assert torch.equal(context, model.encode(changed)[:, : layout.num_context])
+        assert torch.equal(context, model.encode(changed)[:num_context])
         assert (before[later] != after[later]).any(dim=1).all()
 
 
-def test_padding_changes_nothing() -> None:
+def test_a_batch_gives_what_its_samples_give() -> None:
     model, batch = make_model(), random_batch(6)
     together = model(pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=MASK))
     alone = [model(pseudo_masked_layout(batch[[i]], Objective.AE_PAR, mask_id=MASK)) for i in range(6)]
@@ -143,10 +153,14 @@ def test_ae_logits_equal_transformers_bert() -> None:
     assert not unexpected
     assert all("position_ids" in name or "token_type_ids" in name for name in missing)
     layout = pseudo_masked_layout(random_batch(4), Objective.AE, mask_id=MASK)
-    expected = theirs(layout.ids_BS, (layout.turns_BS == 0).long(), layout.segments_BS).logits
-    found = ours.predict(ours.encode(layout))
-    is_text = layout.turns_BS == 0
-    torch.testing.assert_close(found[is_text], expected[is_text], rtol=0, atol=1e-9)
+    found = ours.predict(ours.encode(layout)).split(layout.context_lengths)
+    inputs = zip(
+        layout.ids_N.split(layout.context_lengths), layout.segments_N.split(layout.context_lengths), strict=True
+    )
+    for ids, segments in inputs:
+        logits = theirs(ids[None], token_type_ids=segments[None]).logits[0]
+        torch.testing.assert_close(found[0], logits, rtol=0, atol=1e-9)
+        found = found[1:]
 
 
 def test_base_has_the_papers_size_and_names() -> None:
