@@ -200,3 +200,13 @@ def test_every_shipped_configuration_trains_and_the_json_alone_decides_the_preci
     assert found == [
         {"is_finite": True, "steps": 2, "skipped_steps": 0, "dtypes": [dtype], "has_moments": True} for dtype in dtypes
     ]
+
+
+def _product_of_a_denormal(rank: int) -> None:
+    assert float(torch.full((64,), 1e-39).mul(0.5).sum()) == 0
+
+
+def test_ranks_on_a_cpu_flush_denormals(two_ranks: Ranks) -> None:
+    """Products of them take many times longer."""
+    assert float(torch.full((64,), 1e-39).mul(0.5).sum()) > 0
+    two_ranks(_product_of_a_denormal)
