@@ -21,7 +21,6 @@ from pretrain.dropout import dropout
 from pretrain.layout import PADDING_TURN, Layout, visible
 
 AttentionBackend = Literal["auto", "reference", "cpu", "flex"]
-_WORTH_A_LOOP_SCORES = 2**17  # of a sample, measured: docs/performance.md
 
 
 class Attention(Protocol):
@@ -54,12 +53,11 @@ def make_attention(
     raise ValueError(f"no attention {backend!r}; expected one of {', '.join(get_args(AttentionBackend))}")
 
 
-def choose_backend(layout: Layout, num_heads: int, dropout_rate: float) -> AttentionBackend:
-    """What `auto` is: on CUDA `flex` where nothing is dropped, which flex cannot do; on a CPU `cpu` where there is enough
-    to compute for its loop over samples; else `reference`."""
+def choose_backend(layout: Layout, dropout_rate: float) -> AttentionBackend:
+    """What `auto` is: `cpu` on a CPU; on CUDA `flex`, or `reference` where something is dropped, which flex cannot do."""
     if layout.ids_N.is_cuda:
         return "reference" if dropout_rate else "flex"
-    return "cpu" if num_heads * layout.longest**2 >= _WORTH_A_LOOP_SCORES else "reference"
+    return "cpu"
 
 
 def relative_position_bucket(distance: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:

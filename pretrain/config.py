@@ -29,8 +29,8 @@ class RunConfig:
     objective: Objective = Objective.AE_PAR
     """What is trained: autoencoding, (partially) autoregressive prediction, or both."""
     attention: AttentionBackend = "auto"
-    """How attention is computed, with the same result: auto is cpu on a CPU, for small models and short texts reference; on
-    CUDA flex where --dropout is 0 (it cannot drop attention probabilities), else reference."""
+    """How attention is computed, with the same result: auto is cpu on a CPU; on CUDA flex where --dropout is 0 (it cannot
+    drop attention probabilities), else reference."""
     activation_checkpointing: bool = False
     """Keep each layer's input alone and compute the rest again in the backward pass: less memory, more time."""
     compile: bool = False

@@ -216,7 +216,7 @@ class _Encoder(nn.Module):
 
     def forward(self, hidden_NH: torch.Tensor, layout: Layout, is_predicted_only: bool) -> torch.Tensor:
         dropout_rate = self.dropout if self.training else 0.0
-        backend = choose_backend(layout, self.num_heads, dropout_rate) if self.attention == "auto" else self.attention
+        backend = choose_backend(layout, dropout_rate) if self.attention == "auto" else self.attention
         attention = make_attention(backend, layout, self.rel_pos_bias, dropout_rate)
         for index, layer in enumerate(self.layer, start=1):
             slots_R = layout.predicted_R if is_predicted_only and index == len(self.layer) else None

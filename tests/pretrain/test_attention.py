@@ -9,7 +9,7 @@ import torch
 from memory import LargestTensor
 from support import MASK, VOCAB_SIZE, random_batch
 
-from pretrain.attention import AttentionBackend, RelativePositionBias, choose_backend, make_attention
+from pretrain.attention import AttentionBackend, RelativePositionBias, make_attention
 from pretrain.attention_flex import mask_mod, score_mod
 from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
 from pretrain.model import PMLM, PMLMConfig
@@ -241,9 +241,3 @@ def test_the_reference_against_a_loop_over_queries_and_visible_keys() -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="no attention 'flash'; expected one of auto, reference, cpu, flex"):
         make_attention("flash", LAYOUTS["ae"], None, 0.0)  # type: ignore[arg-type]
-
-
-def test_auto_is_the_loop_over_samples_where_it_pays() -> None:
-    layout = LAYOUTS["ae"]
-    enough = -(-(2**17) // layout.longest**2)
-    assert [choose_backend(layout, heads, 0.1) for heads in (enough - 1, enough)] == ["reference", "cpu"]
