@@ -14,8 +14,10 @@ import sys
 import traceback
 
 from data_prep.console import USER_ERROR_STATUS, describe_error
+from pretrain.checkpoint import SaveFailed
 from pretrain.config import check_inputs, make_parser
 from pretrain.logs import redirect_output, report_crash, wait_for_the_first_rank_to_report
+from pretrain.watchdog import RETRY_STATUS, RankLost
 
 
 def main() -> int:
@@ -37,6 +39,14 @@ def main() -> int:
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         return 130
+    except RankLost as error:
+        traceback.print_exc()
+        print(f"rank {rank}: {error}", file=console, flush=True)
+        return RETRY_STATUS
+    except SaveFailed as error:
+        wait_for_the_first_rank_to_report(rank)
+        print(f"run_pretrain.py: error: {error}", file=console, flush=True)
+        return 1
     except Exception as error:
         report_crash(error, console, log, rank)
         return 1

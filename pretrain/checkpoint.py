@@ -4,28 +4,35 @@
         manifest.json       written last: step, samples consumed, what the run is, size and SHA-256 of each file
         shards/*.pt         DeepSpeed's files, one set of optimizer states a rank
 
-A checkpoint is written as `.tmp-step00000200` and renamed when every rank's files are flushed and hashed. A checkpoint
-is resumed from only if its manifest and every file hold. DeepSpeed's own `latest` file is never written nor read.
+A checkpoint is written as `.tmp-step00000200` and renamed, by a thread of rank 0, when every rank's files are flushed and
+hashed, each by a thread of its rank; the hashes come through the store in which the ranks met. A checkpoint is resumed
+from only if its manifest and every file hold. DeepSpeed's own `latest` file is never written nor read.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 from data_prep.console import describe_error
 from data_prep.files import read_manifest, sha256_of_file, sync_directory, write_manifest
-from pretrain.engine import Engine
+
+if TYPE_CHECKING:  # `pretrain.status` has no need of torch
+    from pretrain.engine import Engine
 
 FORMAT = "pmlm-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+_POLL_S = 0.05
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_")
 
 
@@ -45,6 +52,24 @@ class Checkpoint:
     def samples_consumed(self) -> int:
         """The place in the global order of samples."""
         return int(self.manifest["samples_consumed"])
+
+
+class SaveFailed(Exception):
+    """The run ends, and what was trained since its last whole checkpoint is lost."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """What became of saving."""
+
+    step: int
+    size_bytes: int
+    """Of all ranks' files."""
+    stall_s: float
+    """For which rank 0 did not train."""
+    finishing_s: float
+    """For which the files were flushed, hashed and declared whole while training went on."""
+    failure: str | None
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -95,6 +120,11 @@ class CheckpointStore:
         """`identity` is what must be the same for a run to go on: model, objective, data, world size, ..."""
         self._run, self._engine, self._identity = run, engine, identity
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        self._exchange = engine.ranks_store()
+        self._saving: Thread | None = None
+        self._num_saves, self._stall_s = 0, 0.0
+        self._save: Save | None = None
+        self._failure: str | None = None
 
     def resume(self) -> tuple[Checkpoint | None, list[str]]:
         """Load the newest whole checkpoint, if there is any; also a line for each one passed over.
@@ -131,40 +161,89 @@ class CheckpointStore:
                 "put that back, or begin anew with another --run"
             )
 
-    def save(self, samples_consumed: int) -> Path:
-        """Save the run as it is now; returns the checkpoint's folder.
+    def save(self, samples_consumed: int) -> None:
+        """Save the run as it is now: DeepSpeed's files are written, then a thread flushes and hashes them, declares the
+        checkpoint whole and removes old ones, while training goes on.
 
-        Raises ValueError, on all ranks, where it could not be written; the checkpoints there were are still there.
+        What became of it, a failure too, is told by `saved` and `finish`; the checkpoints there were are still there.
         """
+        self.finish()
+        started = time.perf_counter()
         folder = checkpoints_folder(self._run) / f"step{self._engine.steps:08d}"
         unfinished = folder.with_name(f".tmp-{folder.name}")
-        if self._engine.rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        failure = self._engine.save_shards(unfinished, SHARDS)
+        failure = self._engine.from_rank_0(_made_anew(unfinished / SHARDS) if self._engine.rank == 0 else None)
+        if not failure:
+            failures = self._engine.gather(self._engine.save_shards(unfinished, SHARDS))
+            failure = next((failure for failure in failures if failure), None)
+        self._num_saves += 1
+        self._failure = f"{folder}: was not finished"
+        self._stall_s = time.perf_counter() - started
+        self._saving = Thread(
+            target=self._finish_own, args=(folder, unfinished, self._engine.steps, samples_consumed, failure),
+            name="checkpoint", daemon=True,
+        )  # fmt: skip
+        self._saving.start()
+
+    def saved(self) -> Save | None:
+        """On rank 0, and once: what became of the last save, if that is known."""
+        save, self._save = self._save, None
+        return save
+
+    def finish(self) -> str | None:
+        """Wait for what `save` left to its thread; returns, on all ranks, why the last save failed, or None."""
+        if self._saving:
+            started = time.perf_counter()
+            self._saving.join()
+            self._saving = None
+            if self._save:
+                self._save = replace(self._save, stall_s=self._save.stall_s + time.perf_counter() - started)
+            self._failure = self._engine.from_rank_0(self._failure)
+        return self._failure
+
+    # The thread's part: no collectives, as the main thread is in the middle of its own.
+
+    def _finish_own(
+        self, folder: Path, unfinished: Path, step: int, samples_consumed: int, failure: str | None
+    ) -> None:
         files: dict[str, Any] = {}
+        started = time.perf_counter()
         if not failure:
             try:
                 files = dict(self._flush_own_files(unfinished))
             except OSError as error:
                 failure = describe_error(error)
-        parts = self._engine.gather((failure, files))
+        self._exchange.set(self._report_key(self._engine.rank), json.dumps([failure, files]))
         if self._engine.rank == 0:
-            failure = next((failure for failure, _ in parts if failure), None)
+            failure, files = self._all_reports()
             if not failure:
                 try:
-                    self._declare_whole(
-                        unfinished, folder, samples_consumed, {k: v for _, part in parts for k, v in part.items()}
-                    )
+                    self._declare_whole(unfinished, folder, step, samples_consumed, files)
                 except OSError as error:
                     failure = describe_error(error)
-        if failure := self._engine.from_rank_0(failure):
-            if self._engine.rank == 0:
+            if failure:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            free_bytes = shutil.disk_usage(self._run).free
-            raise ValueError(
-                f"{folder}: could not be saved ({failure}; {free_bytes / 1e6:.0f} MB free); older ones are untouched"
-            )
-        return folder
+                failure = f"{folder}: could not be saved ({failure}; {_free(self._run)}); older ones are untouched"
+            size_bytes = sum(file["size_bytes"] for file in files.values())
+            self._failure = failure
+            self._save = Save(step, size_bytes, self._stall_s, time.perf_counter() - started, failure)
+
+    def _all_reports(self) -> tuple[str | None, dict[str, Any]]:
+        """The first failure, if there is any, and all ranks' files; waits for every rank, so that none still reads what a
+        failed save leaves behind."""
+        failure: str | None = None
+        files: dict[str, Any] = {}
+        for rank in range(self._engine.world_size):
+            key = self._report_key(rank)
+            while not self._exchange.check([key]):
+                time.sleep(_POLL_S)
+            failure_of_rank, files_of_rank = json.loads(self._exchange.get(key))
+            self._exchange.delete_key(key)
+            failure = failure or failure_of_rank
+            files |= files_of_rank
+        return failure, files
+
+    def _report_key(self, rank: int) -> str:
+        return f"checkpoint/{self._num_saves}/{rank}"
 
     def _flush_own_files(self, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in sorted(folder.rglob("*")):
@@ -176,9 +255,11 @@ class CheckpointStore:
                 size = file.stat().st_size
                 yield file.relative_to(folder).as_posix(), {"size_bytes": size, "sha256": sha256_of_file(file)}
 
-    def _declare_whole(self, unfinished: Path, folder: Path, samples_consumed: int, files: dict[str, Any]) -> None:
+    def _declare_whole(
+        self, unfinished: Path, folder: Path, step: int, samples_consumed: int, files: dict[str, Any]
+    ) -> None:
         write_manifest(unfinished / MANIFEST, FORMAT, VERSION, {
-            "step": self._engine.steps, "samples_consumed": samples_consumed, "identity": self._identity,
+            "step": step, "samples_consumed": samples_consumed, "identity": self._identity,
             "files": dict(sorted(files.items())),
         })  # fmt: skip
         sync_directory(unfinished / SHARDS)
@@ -186,10 +267,11 @@ class CheckpointStore:
             self._remove(folder)
         os.rename(unfinished, folder)
         sync_directory(folder.parent)
-        self._remove_old()
+        self._remove_old(folder)
 
-    def _remove_old(self) -> None:
-        folders = sorted(checkpoints_folder(self._run).glob("step*"))
+    def _remove_old(self, newest: Path) -> None:
+        """Of the newest one and those before it; later ones are the damaged that this run was not resumed from."""
+        folders = sorted(f for f in checkpoints_folder(self._run).glob("step*") if f.name <= newest.name)
         for folder in folders[: -self._keep_last]:
             step = int(folder.name.removeprefix("step"))
             if not (self._keep_every_steps and step % self._keep_every_steps == 0):
@@ -203,3 +285,20 @@ class CheckpointStore:
     def _remove_unfinished(self) -> None:
         for folder in checkpoints_folder(self._run).glob(".tmp-step*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _made_anew(folder: Path) -> str | None:
+    """Make an empty folder; returns why that failed, or None."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return describe_error(error)
+    return None
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free"
+    except OSError as error:
+        return describe_error(error)

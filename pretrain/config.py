@@ -51,11 +51,16 @@ class RunConfig:
     """Newest checkpoints kept."""
     keep_every_steps: int = 0
     """Checkpoints of steps divisible by this are kept for good; 0 = none."""
+    max_hours: float = 0.0
+    """Save and end after this time from the process's start, to be started again; leave time for a step and a save; 0 = no
+    limit."""
+    watchdog_minutes: float = 30.0
+    """End, for a new start, when there is no progress for so long, or of a process no sign of life; 0 = never."""
 
     def __post_init__(self) -> None:
         at_least = {
             "max_steps": 1, "seed": 0, "log_every_steps": 1, "validate_every_steps": 0, "validation_samples": 1,
-            "save_every_steps": 1, "keep_last": 1, "keep_every_steps": 0,
+            "save_every_steps": 1, "keep_last": 1, "keep_every_steps": 0, "max_hours": 0, "watchdog_minutes": 0,
         }  # fmt: skip
         faults = [
             f"{name} is {value}, expected at least {least}"

@@ -182,6 +182,11 @@ class Engine:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    @staticmethod
+    def ranks_store() -> Any:
+        """A new connection to the key-value store in which the ranks met, for a thread of its own: no collectives."""
+        return distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
     # ---- checkpoints
 
     def save_shards(self, folder: Path, tag: str) -> str | None:

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _REPORT_TIME_S = 5.0
+
+
+class _Unfailing(io.FileIO):
+    """Drops what cannot be written: a broken pipe (pdsh's, when it is killed) or a full disk must not end a run."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content) or 0
+        except OSError:
+            return len(content)
+
+
+def _unfailing_stream(descriptor: int) -> IO[str]:
+    raw = _Unfailing(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True, errors="backslashreplace")
 
 
 def redirect_output(run: Path, rank: int) -> tuple[IO[str], Path]:
@@ -20,12 +36,13 @@ def redirect_output(run: Path, rank: int) -> tuple[IO[str], Path]:
     """
     log = run / "logs" / f"rank_{rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    console = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+    console = _unfailing_stream(os.dup(sys.stderr.fileno()))
     with open(log, "a") as file:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.stdout, sys.stderr = _unfailing_stream(sys.stdout.fileno()), _unfailing_stream(sys.stderr.fileno())
     print(f"\n--- started {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()} ---", flush=True)
     faulthandler.enable()
     return console, log

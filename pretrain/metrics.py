@@ -1,13 +1,15 @@
 """What a run writes about itself: RUN/metrics.jsonl and TensorBoard.
 
-A record is a JSON object a line; "kind" is "train", "validation" or "start". After a resume, records of steps that
-are done again are removed, so each step of the run appears once.
+A record is a JSON object a line; "kind" is "train", "validation", "start", "save", "fault" or "stop". After a resume,
+records of steps that are done again are removed, so each step of the run appears once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +36,27 @@ class Metrics:
         run.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_records(run) if r["step"] <= resumed_step]
         write_whole(run / METRICS, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self._file = open(run / METRICS, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        self._descriptor = os.open(run / METRICS, os.O_WRONLY | os.O_APPEND)
+        self._unwritten = b""
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Write a record; numbers also go to TensorBoard."""
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        """Write a record; numbers also go to TensorBoard.
+
+        What a full disk does not take is kept in memory and written when it can be.
+        """
+        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n"
+        self._unwritten += line.encode()
+        with suppress(OSError):
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
+        with suppress(OSError):  # of a writer whose thread met a full disk: its charts end there
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        self._tensorboard.close()
+        os.close(self._descriptor)
+        with suppress(OSError):
+            self._tensorboard.close()

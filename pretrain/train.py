@@ -13,31 +13,47 @@ from data_prep.console import progress_bar
 from data_prep.files import sha256_of_file, write_whole
 from data_prep.shards import manifest_path
 from pretrain.batches import BatchesAhead, Share, TrainingBatches, validation_batches
-from pretrain.checkpoint import CheckpointStore
+from pretrain.checkpoint import CheckpointStore, SaveFailed
 from pretrain.config import Inputs
 from pretrain.engine import Engine, fused_adam_build, init_distributed
 from pretrain.layout import Layout
-from pretrain.metrics import Metrics
+from pretrain.metrics import Metrics, read_records
 from pretrain.model import PMLM, PretrainingLosses
 from pretrain.report import summary
+from pretrain.status import write_plan
+from pretrain.stopping import Stopping, agreed_reason
+from pretrain.watchdog import RankLost, Watch
 
 
 def train(inputs: Inputs, console: IO[str]) -> None:
     """Train, or take up again, the run that `inputs` describes; rank 0 reports to `console`.
 
-    Raises ValueError, on one rank or on all, for what the user can cure.
+    Raises ValueError, on one rank or on all, for what the user can cure; RankLost where another rank is gone; SaveFailed
+    where the last checkpoint could not be written.
     """
     init_distributed()
-    trainer = Trainer(inputs, console)
-    trainer.run()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = inputs.config
+    with (
+        Watch(Engine.ranks_store(), rank, world_size, config.watchdog_minutes, console) as watch,
+        Stopping(config.max_hours) as stopping,
+    ):
+        try:
+            trainer = Trainer(inputs, console, watch, stopping)
+            trainer.run()
+        except RuntimeError as error:  # of a collective, where another rank is gone
+            if lost := watch.lost_rank():
+                raise RankLost(f"{lost}; resume from the newest whole checkpoint by the same command") from error
+            raise
     trainer.close()
 
 
 class Trainer:
     """A run: its engine, its place in the data, and what it writes about itself."""
 
-    def __init__(self, inputs: Inputs, console: IO[str]) -> None:
+    def __init__(self, inputs: Inputs, console: IO[str], watch: Watch, stopping: Stopping) -> None:
         self._inputs, self._config, self._console = inputs, inputs.config, console
+        self._watch, self._stopping = watch, stopping
         torch.manual_seed(self._config.seed)
         model = PMLM(inputs.model, self._config.attention, self._config.activation_checkpointing)
         if self._config.compile:
@@ -53,7 +69,7 @@ class Trainer:
         )
         checkpoint, passed_over = self._store.resume()
         self._samples_consumed = checkpoint.samples_consumed if checkpoint else 0
-        self._saved_step = self._engine.steps if checkpoint else -1
+        self._saved_step = self._engine.steps
         self._share = Share(
             self._engine.rank,
             self._engine.world_size,
@@ -75,6 +91,7 @@ class Trainer:
         if self._is_main:  # `export` needs it when the data set may be elsewhere
             tokenizer = inputs.data.tokenizer
             write_whole(self._config.run / tokenizer.file_name, tokenizer.path.read_bytes())
+            write_plan(self._config.run, inputs.total_steps)
         self._report_start(model, passed_over, checkpoint is not None)
 
     def _report_start(self, model: PMLM, passed_over: list[str], is_resumed: bool) -> None:
@@ -95,13 +112,14 @@ class Trainer:
         })  # fmt: skip
 
     def run(self) -> None:
-        """Train to the last step, validating, logging and saving on the way."""
+        """Train to the last step, or until the ranks are asked to stop, validating, logging and saving on the way."""
         total = self._inputs.total_steps
+        if self._is_validation_missing():
+            self._validate()
         if self._engine.steps >= total:
             self._say(f"nothing left to train: step {self._engine.steps} of {total} is done")
             return
-        if self._engine.steps == 0:
-            self._validate()
+        reason = None
         step_time_s, data_wait_s, num_tokens = 0.0, 0.0, 0
         with progress_bar(
             "train", total, "step", initial=self._engine.steps, stream=self._console, is_shown=self._is_main
@@ -109,9 +127,14 @@ class Trainer:
             while self._engine.steps < total:
                 started = time.perf_counter()
                 learning_rate = self._engine.learning_rate
+                self._watch.progress(f"reading the samples of step {self._engine.steps + 1}")
                 micro_batches = self._batches.next_step()
                 data_wait_s += time.perf_counter() - started
-                sums = self._train_step(micro_batches)
+                self._watch.progress(f"step {self._engine.steps + 1}")
+                num_targets, reason = self._agree(micro_batches)
+                if reason:
+                    break
+                sums = self._train_step(micro_batches, num_targets)
                 self._samples_consumed += self._share.train_batch
                 step = self._engine.steps
                 num_tokens += sum(layout.num_tokens for layout in micro_batches)
@@ -131,6 +154,8 @@ class Trainer:
                     self._validate()
                 if self._is_due(self._config.save_every_steps, is_last):
                     self._save()
+                self._report_save()
+        self._end(reason)
 
     def close(self) -> None:
         """Report what the run came to, and leave the other ranks."""
@@ -141,11 +166,16 @@ class Trainer:
             self._say(summary(self._config.run))
         self._engine.close()
 
-    def _train_step(self, micro_batches: list[Layout]) -> torch.Tensor:
-        """One optimizer step; returns the sums over all ranks that `_means` takes."""
+    def _agree(self, micro_batches: list[Layout]) -> tuple[torch.Tensor, str | None]:
+        """The coming step's targets on all ranks, shape (1,); and why all ranks are to stop before it, if they are."""
+        own = [sum(m.num_targets for m in micro_batches), *self._stopping.vote()]
+        total = self._engine.sum_over_ranks(torch.tensor(own, dtype=torch.float64))
+        return total[:1], agreed_reason(total[1:].tolist())
+
+    def _train_step(self, micro_batches: list[Layout], num_targets: torch.Tensor) -> torch.Tensor:
+        """One optimizer step; returns this rank's sums, which `_means` adds up over all ranks."""
         self._engine.train(True)
         self._engine.seed_step(self._config.seed)
-        num_targets = self._engine.sum_over_ranks(torch.tensor([sum(m.num_targets for m in micro_batches)]))
         sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)
         for layout in micro_batches:
             losses = self._engine(layout)
@@ -165,22 +195,67 @@ class Trainer:
             one_shape=self._validation_has_one_shape,
         )  # fmt: skip
         sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
+        is_cut_short = False
         with progress_bar(
             "validate", len(batches), "batch", stream=self._console, is_shown=self._is_main, is_lasting=False
         ) as bar:
-            for layout in batches:
+            for batch, layout in enumerate(batches):
+                self._watch.progress(f"validation at step {self._engine.steps}, batch {batch + 1}")
+                if is_cut_short := self._stopping.is_asked:
+                    break
                 sums[:4] += _stacked(self._engine(layout))
                 sums[4] += layout.num_targets
                 bar.update()
+        if float(self._engine.sum_over_ranks(torch.tensor([is_cut_short]))):
+            return  # the next start does it anew
         values = self._means(sums)
         self._record("validation", values)
         self._say(f"validation at step {self._engine.steps}: {_short(values)}")
 
+    def _is_validation_missing(self) -> bool:
+        """Whether this step's validation, the one at the run's start too, is still to be done."""
+        step = self._engine.steps
+        is_done = self._is_main and any(
+            record["kind"] == "validation" and record["step"] == step for record in read_records(self._config.run)
+        )
+        return not self._engine.from_rank_0(is_done) and self._is_due(
+            self._config.validate_every_steps, step in (0, self._inputs.total_steps)
+        )
+
     def _save(self) -> None:
-        if self._saved_step == self._engine.steps:
-            return
+        self._watch.progress(f"saving step {self._engine.steps}")
         self._store.save(self._samples_consumed)
         self._saved_step = self._engine.steps
+
+    def _report_save(self) -> None:
+        """What became of the last save, as soon as it is known; a failure does not end the run."""
+        if save := self._store.saved():
+            if save.failure:
+                self._say(f"warning: {save.failure}; training goes on, and saving is tried again when it is next due")
+                self._record("fault", {"fault": save.failure}, save.step)
+            else:
+                self._record("save", {
+                    "save_s": round(save.stall_s, 3), "finishing_s": round(save.finishing_s, 3),
+                    "size_bytes": save.size_bytes,
+                }, save.step)  # fmt: skip
+
+    def _end(self, reason: str | None) -> None:
+        """Save what is not saved. Raises SaveFailed, on all ranks, where that cannot be done."""
+        self._watch.progress(f"finishing the checkpoint of step {self._saved_step}")
+        failure = self._store.finish()
+        self._report_save()
+        if self._saved_step != self._engine.steps or (failure and reason):
+            self._save()
+            failure = self._store.finish()
+            self._report_save()
+        self._record("stop", {"reason": reason or "finished"})
+        if failure:
+            raise SaveFailed(failure)
+        if reason:
+            self._say(
+                f"stopped at step {self._engine.steps} of {self._inputs.total_steps} ({reason}); saved; "
+                "the same command goes on from there"
+            )
 
     def _is_due(self, every_steps: int, is_last: bool) -> bool:
         return is_last or (every_steps > 0 and self._engine.steps % every_steps == 0)
@@ -203,9 +278,9 @@ class Trainer:
             "samples_consumed": self._samples_consumed,
         }  # fmt: skip
 
-    def _record(self, kind: str, values: dict[str, Any]) -> None:
+    def _record(self, kind: str, values: dict[str, Any], step: int | None = None) -> None:
         if self._metrics:
-            self._metrics.record(kind, self._engine.steps, values)
+            self._metrics.record(kind, self._engine.steps if step is None else step, values)
 
     def _say(self, text: str) -> None:
         if self._is_main:

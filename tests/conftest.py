@@ -15,6 +15,13 @@ from slurm import start_slurm
 from support import REPOSITORY
 from two_hosts import TwoHosts, start_two_hosts
 
+from data_prep.build import build
+from data_prep.corpus import find_sources, read_documents
+from data_prep.mixture import Corpus
+from data_prep.parameters import BuildParameters
+from data_prep.processes import LocalProcesses
+from data_prep.tokenizer import train_tokenizer
+
 LONGEST_FIRST = (
     "test_readme.py", "test_run.py", "test_restart.py", "test_hostfile.py", "test_engine.py", "test_export.py",
     "test_mpi.py", "test_command_line.py", "test_execution.py",
@@ -68,3 +75,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for chapter in sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("*.txt"))[:40]:
         shutil.copy2(chapter, folder / "my_texts")
     return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve chapters of the sample corpus as a data set: samples of 64 tokens, two mask sets."""
+    folder = tmp_path_factory.mktemp("data")
+    corpus = sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("chapter_0*.txt"))
+    corpus.append(REPOSITORY / "sample_corpus" / "devils_dictionary.jsonl")
+    lines = (line for document in read_documents(find_sources(corpus)) for line in document.lines)
+    train_tokenizer(lines, folder / "tokenizer.model", vocab_size=1000)
+    parameters = BuildParameters(max_length_tokens=64, mask_sets=2, validation_fraction=0.1, shard_samples=512)
+    with LocalProcesses(1) as processes:
+        build([Corpus(corpus)], folder / "tokenizer.model", folder / "set", parameters, processes)
+    return folder / "set"
