@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ class CheckpointStore:
         self._exchange = engine.ranks_store()
         self._saving: Thread | None = None
         self._num_saves, self._stall_s = 0, 0.0
-        self._save: Save | None = None
+        self._saves: deque[Save] = deque()
         self._failure: str | None = None
 
     def resume(self) -> tuple[Checkpoint | None, list[str]]:
@@ -184,10 +185,9 @@ class CheckpointStore:
         )  # fmt: skip
         self._saving.start()
 
-    def saved(self) -> Save | None:
-        """On rank 0, and once: what became of the last save, if that is known."""
-        save, self._save = self._save, None
-        return save
+    def saved(self) -> list[Save]:
+        """On rank 0, and each once: what became of the saves of which that is known."""
+        return [self._saves.popleft() for _ in range(len(self._saves))]
 
     def finish(self) -> str | None:
         """Wait for what `save` left to its thread; returns, on all ranks, why the last save failed, or None."""
@@ -195,8 +195,10 @@ class CheckpointStore:
             started = time.perf_counter()
             self._saving.join()
             self._saving = None
-            if self._save:
-                self._save = replace(self._save, stall_s=self._save.stall_s + time.perf_counter() - started)
+            if self._saves:
+                self._saves[-1] = replace(
+                    self._saves[-1], stall_s=self._saves[-1].stall_s + time.perf_counter() - started
+                )
             self._failure = self._engine.from_rank_0(self._failure)
         return self._failure
 
@@ -225,7 +227,7 @@ class CheckpointStore:
                 failure = f"{folder}: could not be saved ({failure}; {_free(self._run)}); older ones are untouched"
             size_bytes = sum(file["size_bytes"] for file in files.values())
             self._failure = failure
-            self._save = Save(step, size_bytes, self._stall_s, time.perf_counter() - started, failure)
+            self._saves.append(Save(step, size_bytes, self._stall_s, time.perf_counter() - started, failure))
 
     def _all_reports(self) -> tuple[str | None, dict[str, Any]]:
         """The first failure, if there is any, and all ranks' files; waits for every rank, so that none still reads what a

@@ -154,7 +154,7 @@ class Trainer:
                     self._validate()
                 if self._is_due(self._config.save_every_steps, is_last):
                     self._save()
-                self._report_save()
+                self._report_saves()
         self._end(reason)
 
     def close(self) -> None:
@@ -227,12 +227,13 @@ class Trainer:
         self._store.save(self._samples_consumed)
         self._saved_step = self._engine.steps
 
-    def _report_save(self) -> None:
-        """What became of the last save, as soon as it is known; a failure does not end the run."""
-        if save := self._store.saved():
+    def _report_saves(self, *, is_end: bool = False) -> None:
+        """What became of the last saves, as soon as it is known; a failure does not end the run."""
+        for save in self._store.saved():
             if save.failure:
-                self._say(f"warning: {save.failure}; training goes on, and saving is tried again when it is next due")
                 self._record("fault", {"fault": save.failure}, save.step)
+                if not is_end:
+                    self._say(f"warning: {save.failure}; training goes on; saving is tried again when it is next due")
             else:
                 self._record("save", {
                     "save_s": round(save.stall_s, 3), "finishing_s": round(save.finishing_s, 3),
@@ -243,11 +244,10 @@ class Trainer:
         """Save what is not saved. Raises SaveFailed, on all ranks, where that cannot be done."""
         self._watch.progress(f"finishing the checkpoint of step {self._saved_step}")
         failure = self._store.finish()
-        self._report_save()
         if self._saved_step != self._engine.steps or (failure and reason):
             self._save()
             failure = self._store.finish()
-            self._report_save()
+        self._report_saves(is_end=True)
         self._record("stop", {"reason": reason or "finished"})
         if failure:
             raise SaveFailed(failure)

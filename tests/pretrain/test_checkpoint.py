@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import time
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
+from ranks import Ranks
+from support import VOCAB_SIZE, deepspeed_json
+from torch import distributed
 
 from data_prep.files import write_manifest
 from pretrain.checkpoint import FORMAT, VERSION, newest_whole
+from pretrain.model import PMLM, PMLMConfig
 
 CONTENT = bytes(range(256)) * 8
 
@@ -76,3 +85,102 @@ def test_none_whole_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
         (make_checkpoint(tmp_path, step) / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"none of 2 checkpoints is whole .*step00000001.*another --run"):
         newest_whole(tmp_path)
+
+
+# ---- saving, on two ranks
+
+
+def _store(run: Path, keep_last: int = 1) -> Any:
+    """Weights and moments of 3 MB."""
+    from pretrain.checkpoint import CheckpointStore
+    from pretrain.ds_config import DeepSpeedConfig
+    from pretrain.engine import Engine
+
+    config = DeepSpeedConfig(deepspeed_json(run.with_suffix(f".{os.getpid()}.json"), train_batch_size=16))
+    model = PMLM(PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64))
+    return CheckpointStore(run, Engine(model, config), {}, keep_last, 0)
+
+
+def _save_on_a_disk_that_is_filled_and_freed(rank: int, run: Path) -> None:
+    store = _store(run)
+    for step, is_full in enumerate([False, True, False], start=1):
+        store._engine._engine.global_steps = step
+        if rank == 0 and is_full:
+            (run / "other_data").write_bytes(bytes(shutil.disk_usage(run).free - 500_000))
+        distributed.barrier()
+        store.save(32 * step)
+        failure = store.finish()
+        assert bool(failure) == is_full
+        saved = store.saved()
+        if rank == 0:
+            assert [(save.step, save.failure) for save in saved] == [(step, failure)]
+            newest, passed_over = newest_whole(run)
+            assert newest
+            assert (newest.step, passed_over) == (1 if is_full else step, [])
+            assert len(list((run / "checkpoints").iterdir())) == 1
+            if is_full:
+                assert "0 MB free" in failure
+                (run / "other_data").unlink()
+        else:
+            assert not saved
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_next_succeeds(
+    two_ranks: Ranks, small_disk: Path
+) -> None:
+    two_ranks(_save_on_a_disk_that_is_filled_and_freed, small_disk / "run")
+
+
+def _save_and_be_slow(rank: int, run: Path) -> None:
+    store = _store(run)
+    for step in (1, 2):
+        store._engine._engine.global_steps = step
+        if rank == 1 and step == 2:
+            _lay_a_long_file(run / "checkpoints" / ".tmp-step00000002" / "shards")
+        store.save(32 * step)
+        if step == 1:
+            assert store.finish() is None
+    assert store._saving.is_alive()
+    time.sleep(0.5)
+
+
+def _lay_a_long_file(folder: Path) -> None:
+    """A file of rank 1 that takes minutes to hash, as a slow disk would."""
+
+    def lay() -> None:
+        while not folder.exists():
+            time.sleep(0.0005)
+        with open(folder / "zero_pp_rank_1_of_many_gigabytes.pt", "wb") as file:
+            file.truncate(200 << 30)
+
+    Thread(target=lay).start()
+
+
+def test_killed_while_a_thread_finishes_a_checkpoint_the_one_before_is_the_newest(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    two_ranks(_save_and_be_slow, run)
+    two_ranks.end()  # kill -9
+    newest, passed_over = newest_whole(run)
+    assert newest
+    assert (newest.step, passed_over) == (1, [])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [".tmp-step00000002", "step00000001"]
+
+
+def test_what_is_damaged_and_newer_does_not_push_out_what_is_whole(two_ranks: Ranks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_checkpoint(run, 7)
+    (make_checkpoint(run, 9) / "manifest.json").unlink()
+    two_ranks(_save_step_8, run)
+    newest, passed_over = newest_whole(run)
+    assert newest
+    assert (newest.step, len(passed_over)) == (8, 1)
+    assert not (run / "checkpoints" / "step00000007").exists()
+
+
+def _save_step_8(rank: int, run: Path) -> None:
+    store = _store(run)
+    store._engine._engine.global_steps = 8
+    store.save(0)
+    assert store.finish() is None
