@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.files import write_manifest
 from data_prep.masking import draw_masks
 from data_prep.packing import Texts, assemble, cut_into_texts
 from data_prep.shards import SampleBatch, batch_of
+from pretrain.checkpoint import FORMAT, VERSION
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
@@ -59,6 +62,20 @@ def deepspeed_json(path: Path, **changes: Any) -> Path:
     values = json.loads((REPOSITORY / "ds_configs" / "zero2_local.json").read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return path
+
+
+def make_checkpoint(run: Path, step: int) -> Path:
+    """A whole checkpoint as `CheckpointStore.save` leaves it; what is in the shards does not matter here."""
+    folder = run / "checkpoints" / f"step{step:08d}"
+    (folder / "shards").mkdir(parents=True)
+    content = bytes(range(256)) * 8
+    files = {}
+    for name in ("shards/mp_rank_00_model_states.pt", "shards/zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        (folder / name).write_bytes(content)
+        files[name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    values = {"step": step, "samples_consumed": 32 * step, "files": files}
+    write_manifest(folder / "manifest.json", FORMAT, VERSION, values)
+    return folder
 
 
 def free_port() -> int:

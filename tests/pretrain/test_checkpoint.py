@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -12,27 +11,11 @@ from typing import Any
 
 import pytest
 from ranks import Ranks
-from support import VOCAB_SIZE, deepspeed_json
+from support import VOCAB_SIZE, deepspeed_json, make_checkpoint
 from torch import distributed
 
-from data_prep.files import write_manifest
-from pretrain.checkpoint import FORMAT, VERSION, newest_whole
+from pretrain.checkpoint import newest_whole
 from pretrain.model import PMLM, PMLMConfig
-
-CONTENT = bytes(range(256)) * 8
-
-
-def make_checkpoint(run: Path, step: int) -> Path:
-    """A whole checkpoint as `CheckpointStore.save` leaves it; what is in the shards does not matter here."""
-    folder = run / "checkpoints" / f"step{step:08d}"
-    (folder / "shards").mkdir(parents=True)
-    files = {}
-    for name in ("shards/mp_rank_00_model_states.pt", "shards/zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        (folder / name).write_bytes(CONTENT)
-        files[name] = {"size_bytes": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest()}
-    content = {"step": step, "samples_consumed": 32 * step, "files": files}
-    write_manifest(folder / "manifest.json", FORMAT, VERSION, content)
-    return folder
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "shards/mp_rank_00_model_states.pt"])
