@@ -252,8 +252,9 @@ class Trainer:
         if failure:
             raise SaveFailed(failure)
         if reason:
+            saved = "saved; " if self._engine.steps else ""
             self._say(
-                f"stopped at step {self._engine.steps} of {self._inputs.total_steps} ({reason}); saved; "
+                f"stopped at step {self._engine.steps} of {self._inputs.total_steps} ({reason}); {saved}"
                 "the same command goes on from there"
             )
 

@@ -38,11 +38,12 @@ class EndlessRun:
             "--validate_every_steps", "0", "--save_every_steps", "1000",
         ]  # fmt: skip
 
-    def start_ranks(self, *flags: str) -> list[subprocess.Popen[str]]:
-        """Two ranks without a launcher."""
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    def start_ranks(self, *flags: str, world_size: int = 2) -> list[subprocess.Popen[str]]:
+        """Ranks without a launcher."""
+        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return [
-            start(["python", *self._flags, *flags], **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
+            start(["python", *self._flags, *flags], **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(world_size)
         ]
 
     def start_launcher(self) -> subprocess.Popen[str]:
@@ -108,7 +109,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(data_folder: Path, tmp_pat
     ranks = run.start_ranks()  # a signal to one rank alone
     run.train_some_steps(ranks[0])
     ranks[1].send_signal(signal.SIGUSR1)
-    outputs = [rank.communicate(timeout=100)[1] for rank in ranks]
+    outputs = [rank.communicate(timeout=200)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert "(SIGUSR1); saved; the same command goes on from there" in outputs[0]
     run.assert_saved("SIGUSR1")
@@ -122,7 +123,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(data_folder: Path, tmp_pat
     assert len(ranks_before) == 2
     launcher.stderr.close()  # type: ignore[union-attr]
     ranks_before[0].parent().send_signal(signal.SIGTERM)
-    launcher.wait(100)
+    launcher.wait(200)
     assert not any(rank.is_running() for rank in ranks_before)
     run.assert_saved("SIGTERM")
 
@@ -130,14 +131,20 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(data_folder: Path, tmp_pat
     run.train_some_steps(launcher)
     left_behind = [*ranks_of(launcher), ranks_of(launcher)[0].parent()]
     launcher.kill()
-    assert "(the launcher is gone); saved" in launcher.communicate(timeout=100)[1]
+    assert "(the launcher is gone); saved" in launcher.communicate(timeout=200)[1]
     assert not psutil.wait_procs(left_behind, timeout=60)[1]
     run.assert_saved("the launcher is gone")
 
-    ranks = run.start_ranks("--max_hours", "1e-4")
-    outputs = [rank.communicate(timeout=100)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    run.assert_saved("--max_hours")
+
+def test_a_run_out_of_hours_ends_in_the_same_way(data_folder: Path, tmp_path: Path) -> None:
+    """Even before its first step, when there is nothing to save."""
+    run = EndlessRun(data_folder, tmp_path)
+    (rank,) = run.start_ranks("--max_hours", "1e-4", world_size=1)
+    output = rank.communicate(timeout=200)[1]
+    assert rank.returncode == 0, output
+    assert "stopped at step 0 of 100000 (--max_hours); the same command goes on from there" in output
+    assert read_records(run.folder)[-1]["reason"] == "--max_hours"
+    assert run_command(["python", "-m", "pretrain.status", "--run", str(run.folder)]).returncode == 3
 
 
 def test_the_survivors_of_a_killed_rank_name_it(data_folder: Path, tmp_path: Path) -> None:
@@ -146,7 +153,7 @@ def test_the_survivors_of_a_killed_rank_name_it(data_folder: Path, tmp_path: Pat
     run.train_some_steps(ranks[0])
     ranks[1].kill()
     killed = time.monotonic()
-    output = ranks[0].communicate(timeout=100)[1]
+    output = ranks[0].communicate(timeout=200)[1]
     assert time.monotonic() - killed < 60
     assert ranks[0].returncode == RETRY_STATUS
     assert "rank 0: no sign of life from rank 1, in step " in output
@@ -159,7 +166,7 @@ def test_a_rank_that_is_stopped_ends_the_others_and_is_named(data_folder: Path, 
     try:
         run.train_some_steps(ranks[0])
         ranks[1].send_signal(signal.SIGSTOP)
-        output = ranks[0].communicate(timeout=100)[1]
+        output = ranks[0].communicate(timeout=200)[1]
         assert ranks[0].returncode == RETRY_STATUS
         assert "no sign of life from rank 1" in output
         log = (run.folder / "logs" / "rank_00000.log").read_text()
