@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train a PMLM on a data set made by `python -m data_prep`.
 
-Started once a rank, by DeepSpeed's launcher:
+Started once a rank, by DeepSpeed's launcher, torchrun, mpirun or srun (sbatch run_pretrain.sh):
   deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json
   deepspeed --num_accelerators 2 run_pretrain.py --deepspeed_config ds_configs/zero2_local.json --model tiny
 Started again with the same flags, it goes on where the newest whole checkpoint in --run ends.
@@ -16,6 +16,7 @@ import traceback
 from data_prep.console import USER_ERROR_STATUS, describe_error
 from pretrain.checkpoint import SaveFailed
 from pretrain.config import check_inputs, make_parser
+from pretrain.launchers import take_place
 from pretrain.logs import redirect_output, report_crash, wait_for_the_first_rank_to_report
 from pretrain.watchdog import RETRY_STATUS, RankLost
 
@@ -23,10 +24,11 @@ from pretrain.watchdog import RETRY_STATUS, RankLost
 def main() -> int:
     """Entry point of one rank; returns its exit status."""
     args = make_parser("run_pretrain.py", __doc__ or "").parse_args()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    console, log = sys.stderr, None
+    rank, console, log = 0, sys.stderr, None
     try:
-        inputs = check_inputs(args, world_size)
+        place = take_place()
+        rank = place.rank
+        inputs = check_inputs(args, place.world_size)
         console, log = redirect_output(inputs.config.run, rank)
         from pretrain.train import train  # here, so that what is wrong is said before the seconds this import takes
 

@@ -23,6 +23,7 @@ from torch import distributed, nn
 
 from data_prep.console import available_cores
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
+from pretrain.launchers import take_place
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses
 
@@ -31,23 +32,24 @@ _STALE_LOCK_S = 600.0
 
 
 def init_distributed() -> None:
-    """Join the other ranks as the launcher's environment says; alone where there was no launcher."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
-    world_size = int(os.environ["WORLD_SIZE"])
-    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    """Join the other ranks as the launcher's environment says; alone where there was no launcher.
+
+    Raises ValueError where the environment lacks something.
+    """
+    place = take_place()
     scripts = str(Path(sys.executable).parent)  # ninja's, where ssh brought no environment along
     os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if get_accelerator().device_name() == "cpu":
         torch.set_flush_denormal(True)  # before there are other threads; products of denormals take many times longer
         # Its shared-memory collectives take a minute to compile and leak 69 MB of /dev/shm a rank, for the same bits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if local_size == world_size:  # gloo hangs where the host's name means 127.0.1.1, as on Debian
+        if place.is_one_host:  # gloo hangs where the host's name means 127.0.1.1, as on Debian
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, available_cores() // local_size))
+            torch.set_num_threads(max(1, available_cores() // place.local_size))
     else:
+        if get_accelerator().device_count() == 1:  # a scheduler may show each rank its own GPU alone
+            os.environ["LOCAL_RANK"] = "0"
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False, timeout=_COLLECTIVE_TIMEOUT)
 

@@ -29,17 +29,21 @@ class TwoHosts:
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {config} "$@"\n')
         wrapper.chmod(0o755)
 
-    def run(self, command: str, folder: Path) -> str:
-        """A shell command in `folder`, with `hosts` naming both and loopback for gloo; its output."""
+    def run(self, command: str, folder: Path, cwd: Path | None = None) -> str:
+        """A shell command in `cwd` (default: `folder`), with `folder`/hosts naming both and loopback for gloo; its output."""
         (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
         (folder / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\n")
-        env = environment()
-        env["PATH"] = f"{self._bin}{os.pathsep}{env['PATH']}"
+        env = self.environment() | {"DS_ENV_FILE": str(folder / ".deepspeed_env")}
         done = subprocess.run(
-            command, shell=True, cwd=folder, env=env, text=True, timeout=300, check=False,
+            command, shell=True, cwd=cwd or folder, env=env, text=True, timeout=300, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.stdout
+
+    def environment(self) -> dict[str, str]:
+        """Of a command that reaches the hosts by plain `ssh`; mpirun refuses root without two words."""
+        env = environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+        return env | {"PATH": f"{self._bin}{os.pathsep}{env['PATH']}"}
 
     def is_up(self) -> bool:
         """Whether both hosts answer."""

@@ -1,0 +1,97 @@
+"""`sbatch run_pretrain.sh` on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY, deepspeed_json, environment
+
+from pretrain.metrics import read_records
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+
+
+class Cluster:
+    """Commands of the private Slurm."""
+
+    def __init__(self, changes: dict[str, str], folder: Path) -> None:
+        self._env = environment(**changes, GLOO_SOCKET_IFNAME="lo")
+        self.folder = folder
+
+    def __call__(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=REPOSITORY, env=self._env, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def submit(self, *words: str) -> str:
+        """The number of a job of run_pretrain.sh on two nodes with a rank each."""
+        output = f"--output={self.folder}/%j.out"
+        return self("sbatch", "--parsable", "--nodes=2", "--time=10", output, *words)
+
+    def state(self, job: str) -> str:
+        return self("scontrol", "--oneliner", "show", "job", job).partition("JobState=")[2].split()[0]
+
+    def output(self, job: str) -> str:
+        path = self.folder / f"{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait_until(self, is_so: Callable[[], bool], *jobs: str) -> None:
+        deadline = time.monotonic() + 240
+        while not is_so():
+            assert time.monotonic() < deadline, [(job, self.state(job), self.output(job)) for job in jobs]
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def cluster(slurm: dict[str, str], tmp_path: Path) -> Cluster:
+    return Cluster(slurm, tmp_path)
+
+
+@pytest.fixture
+def flags(data_folder: Path, tmp_path: Path) -> list[str]:
+    schedule = {"warmup_max_lr": 1e-2, "warmup_num_steps": 1, "warmup_type": "linear", "total_num_steps": STEPS}
+    config = deepspeed_json(
+        tmp_path / "ds.json", train_batch_size=8, scheduler={"type": "WarmupDecayLR", "params": schedule}
+    )
+    return [
+        "run_pretrain.sh", "--deepspeed_config", str(config), "--data", str(data_folder), "--ranks", "1", "--model",
+        "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--log_every_steps", "1", "--validate_every_steps", "0",
+    ]  # fmt: skip
+
+
+def num_trained(run: Path) -> int:
+    return sum(record["kind"] == "train" for record in read_records(run))
+
+
+def test_a_job_told_to_stop_saves_is_requeued_and_finishes(cluster: Cluster, flags: list[str], tmp_path: Path) -> None:
+    """The signal that Slurm sends before the time limit, sent by hand; a job that depends on this one comes after it."""
+    run = tmp_path / "run"
+    job = cluster.submit(*flags, "--run", str(run))
+    chained = cluster.submit(f"--dependency=afterok:{job}", *flags, "--run", str(run))
+    cluster.wait_until(lambda: num_trained(run) > 0, job)
+    cluster("scancel", "--signal=USR1", job)
+    cluster.wait_until(lambda: cluster.state(chained) == "COMPLETED", job, chained)
+    output = cluster.output(job)
+    assert cluster.state(job) == "COMPLETED", output
+    assert f"requeueing job {job}" in output
+    assert "Restarts=1 " in cluster("scontrol", "--oneliner", "show", "job", job)
+    records = read_records(run)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [(r["world_size"], r["resumed"]) for r in records if r["kind"] == "start"][:2] == [(2, False), (2, True)]
+    assert "nothing left to train" in cluster.output(chained)
+
+
+def test_scancel_saves_and_does_not_come_back(cluster: Cluster, flags: list[str], tmp_path: Path) -> None:
+    """As a task of a job array, with its number in the run's name."""
+    array = cluster.submit("--array=3", *flags, "--run", str(tmp_path / "sweep-%a"), "--seed", "%a")
+    run = tmp_path / "sweep-3"
+    cluster.wait_until(lambda: num_trained(run) > 0, array)
+    cluster("scancel", array)
+    cluster.wait_until(lambda: cluster.state(array) == "CANCELLED", array)
+    assert list((run / "checkpoints").glob("step*/manifest.json")), cluster.output(array)
+    assert "requeueing" not in cluster.output(array)
