@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -26,9 +25,9 @@ from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.launchers import take_place
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses
+from pretrain.probe import is_abandoned
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-_STALE_LOCK_S = 600.0
 
 
 def init_distributed() -> None:
@@ -63,7 +62,7 @@ def fused_adam_build() -> tuple[bool, Path]:
 
     folder = Path(_get_build_directory("fused_adam", verbose=False))
     lock = folder / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > _STALE_LOCK_S:
+    if is_abandoned(lock):
         raise ValueError(f"{lock}: left over from a compilation that was killed; delete this file and start again")
     return (folder / "fused_adam.so").exists(), folder
 

@@ -34,7 +34,7 @@ def start_slurm(folder: Path, num_nodes: int = 1, cores_per_node: int = 2) -> It
         f"StateSaveLocation={folder / 'state'}", f"SlurmdSpoolDir={folder}/spool-%n",
         f"SlurmctldPidFile={folder / 'slurmctld.pid'}", f"SlurmdPidFile={folder}/%n.pid",
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "JobAcctGatherType=jobacct_gather/none",
-        "SelectType=select/linear", "SlurmdParameters=config_overrides", "ReturnToService=2", "KillWait=2",
+        "SelectType=select/linear", "SlurmdParameters=config_overrides", "ReturnToService=2", "KillWait=20",
         *(
             f"NodeName=n{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cores_per_node}"
             for node in range(1, num_nodes + 1)

@@ -75,6 +75,8 @@ def test_a_job_told_to_stop_saves_is_requeued_and_finishes(cluster: Cluster, fla
     chained = cluster.submit(f"--dependency=afterok:{job}", *flags, "--run", str(run))
     cluster.wait_until(lambda: num_trained(run) > 0, job)
     cluster("scancel", "--signal=USR1", job)
+    cluster.wait_until(lambda: cluster.state(job) == "PENDING", job)
+    cluster("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm puts a requeued job off for two minutes
     cluster.wait_until(lambda: cluster.state(chained) == "COMPLETED", job, chained)
     output = cluster.output(job)
     assert cluster.state(job) == "COMPLETED", output
