@@ -23,7 +23,7 @@ from data_prep.processes import LocalProcesses
 from data_prep.tokenizer import train_tokenizer
 
 LONGEST_FIRST = (
-    "test_readme.py", "test_run.py", "test_restart.py", "test_launchers.py", "test_engine.py", "test_export.py",
+    "test_readme.py", "test_run.py", "test_restart.py", "test_launching.py", "test_slurm.py", "test_doctor.py", "test_engine.py", "test_export.py",
     "test_mpi.py", "test_command_line.py", "test_execution.py",
 )  # fmt: skip
 

@@ -1,12 +1,14 @@
-"""Two "hosts" on this machine: 127.0.0.2 and 127.0.0.3, served by a private sshd with keys of its own."""
+"""Two "hosts" on this machine: 127.0.0.2 and 127.0.0.3, served by a private sshd with keys of its own, on loopback only."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from support import environment, free_port
@@ -25,6 +27,8 @@ class TwoHosts:
             f"Host *\n  Port {port}\n  IdentityFile {folder / 'key'}\n  IdentitiesOnly yes\n  BatchMode yes\n"
             f"  StrictHostKeyChecking no\n  UserKnownHostsFile {folder / 'known_hosts'}\n  LogLevel ERROR\n"
         )
+        (self._bin / "second_host").write_text(second_host())
+        (self._bin / "second_host").chmod(0o755)
         wrapper = self._bin / "ssh"
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {config} "$@"\n')
         wrapper.chmod(0o755)
@@ -45,12 +49,42 @@ class TwoHosts:
         env = environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
         return env | {"PATH": f"{self._bin}{os.pathsep}{env['PATH']}"}
 
+    @contextmanager
+    def unlike(self, *mounts: list[str]) -> Iterator[None]:
+        """While it lasts, the second host sees other files: the arguments of `mount`, done in a namespace of its own."""
+        script = self._bin / "second_host"
+        before = script.read_text()
+        try:
+            script.write_text(second_host(mounts))
+            yield
+        finally:
+            script.write_text(before)
+
     def is_up(self) -> bool:
         """Whether both hosts answer."""
         return all(
             subprocess.run([self._bin / "ssh", host, "true"], check=False, capture_output=True).returncode == 0
             for host in HOSTS
         )
+
+
+def in_namespace(mounts: Iterable[list[str]], command: str) -> list[str]:
+    """`command`, words for a shell, run where these mounts are done and nobody else sees them."""
+    rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    return [
+        "unshare",
+        *rights,
+        "--mount",
+        "sh",
+        "-ec",
+        "; ".join([*(shlex.join(["mount", *m]) for m in mounts), command]),
+    ]
+
+
+def second_host(mounts: Iterable[list[str]] = ()) -> str:
+    """What the sshd runs for a command on the second host."""
+    command = 'exec sh -c "$SSH_ORIGINAL_COMMAND"'
+    return f"#!/bin/sh\n{f'exec {shlex.join(in_namespace(mounts, command))}' if mounts else command}\n"
 
 
 def start_two_hosts(folder: Path) -> Iterator[TwoHosts]:
@@ -62,6 +96,7 @@ def start_two_hosts(folder: Path) -> Iterator[TwoHosts]:
         f"Port {port}", *(f"ListenAddress {host}" for host in HOSTS), f"HostKey {folder / 'host_key'}",
         f"AuthorizedKeysFile {folder / 'key.pub'}", "StrictModes no", "PasswordAuthentication no", "UsePAM no",
         "PermitRootLogin prohibit-password", f"PidFile {folder / 'sshd.pid'}", "MaxStartups 100",
+        f"Match LocalAddress {HOSTS[1]}", f"ForceCommand {folder / 'bin' / 'second_host'}",
     ]  # fmt: skip
     (folder / "sshd_config").write_text("\n".join(settings) + "\n")
     if os.geteuid() == 0:

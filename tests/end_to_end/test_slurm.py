@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, deepspeed_json, environment
+from support import REPOSITORY, deepspeed_json, environment, free_port
 
 from pretrain.metrics import read_records
 
@@ -32,6 +33,12 @@ class Cluster:
         """The number of a job of run_pretrain.sh on two nodes with a rank each."""
         output = f"--output={self.folder}/%j.out"
         return self("sbatch", "--parsable", "--nodes=2", "--time=10", output, *words)
+
+    def run(self, *command: str) -> str:
+        """The output of a command that is the batch script of a job of two nodes."""
+        wrapped = f"--wrap={shlex.join(command)}"
+        job = self("sbatch", "--parsable", "--wait", "--nodes=2", f"--output={self.folder}/%j.out", wrapped)
+        return self.output(job)
 
     def state(self, job: str) -> str:
         return self("scontrol", "--oneliner", "show", "job", job).partition("JobState=")[2].split()[0]
@@ -97,3 +104,12 @@ def test_scancel_saves_and_does_not_come_back(cluster: Cluster, flags: list[str]
     cluster.wait_until(lambda: cluster.state(array) == "CANCELLED", array)
     assert list((run / "checkpoints").glob("step*/manifest.json")), cluster.output(array)
     assert "requeueing" not in cluster.output(array)
+
+
+def test_the_doctor_reaches_a_jobs_nodes_without_ssh(cluster: Cluster, tmp_path: Path) -> None:
+    output = cluster.run(
+        "python", "-m", "pretrain.doctor", "--run", str(tmp_path / "run"), "--master_port", str(free_port())
+    )
+    assert "FAILED" not in output, output
+    assert "2 answer" in output, output
+    assert "between 2 hosts" in output
