@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 
 from data_prep.console import USER_ERROR_STATUS, describe_error
 from pretrain.checkpoint import SaveFailed
 from pretrain.config import check_inputs, make_parser
 from pretrain.launchers import take_place
+from pretrain.lock import hold_run
 from pretrain.logs import redirect_output, report_crash, wait_for_the_first_rank_to_report
 from pretrain.watchdog import RETRY_STATUS, RankLost
 
@@ -30,9 +32,10 @@ def main() -> int:
         rank = place.rank
         inputs = check_inputs(args, place.world_size)
         console, log = redirect_output(inputs.config.run, rank)
-        from pretrain.train import train  # here, so that what is wrong is said before the seconds this import takes
+        with hold_run(inputs.config.run, console) if rank == 0 else nullcontext():
+            from pretrain.train import train  # here, so that what is wrong is said before the seconds this import takes
 
-        train(inputs, console)
+            train(inputs, console)
     except (ValueError, OSError) as error:
         if log:
             traceback.print_exc()  # to the log
