@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from support import environment, free_port
 
 _PATIENCE_S = 30.0
@@ -30,7 +31,7 @@ def start_slurm(folder: Path, num_nodes: int = 1, cores_per_node: int = 2) -> It
     (folder / "munge.key").chmod(0o400)
     settings = [
         "ClusterName=private", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={free_port()}", f"SlurmUser={user}",
-        f"SlurmdUser={user}", "AuthType=auth/munge", f"AuthInfo=socket={munge_socket}",
+        f"SlurmdUser={user}", "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny", "AuthType=auth/munge", f"AuthInfo=socket={munge_socket}",
         f"StateSaveLocation={folder / 'state'}", f"SlurmdSpoolDir={folder}/spool-%n",
         f"SlurmctldPidFile={folder / 'slurmctld.pid'}", f"SlurmdPidFile={folder}/%n.pid",
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "JobAcctGatherType=jobacct_gather/none",
@@ -77,6 +78,8 @@ def start_slurm(folder: Path, num_nodes: int = 1, cores_per_node: int = 2) -> It
             (folder / f"n{node}.conf").write_text(f"Include {folder / 'slurm.conf'}\nTmpFS={folder / f'tmp-n{node}'}\n")
             start("slurmd", "-D", "-N", f"n{node}", "-f", str(folder / f"n{node}.conf"))
         wait_until(lambda: ask("sinfo", "--noheader", "--format=%D %t") == f"{num_nodes} idle", "no node is idle")
+        sockets = [socket for daemon in daemons for socket in psutil.Process(daemon.pid).net_connections("inet")]
+        assert {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
         yield changes
     finally:
         ask("scancel", "--user", user)

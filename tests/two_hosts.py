@@ -19,7 +19,8 @@ HOSTS = ("127.0.0.2", "127.0.0.3")
 class TwoHosts:
     """A running sshd, and commands that reach it by plain `ssh` and `pdsh`."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, server: int) -> None:
+        self.server = server
         self._bin = folder / "bin"
         self._bin.mkdir()
         config = folder / "ssh_config"
@@ -106,7 +107,7 @@ def start_two_hosts(folder: Path) -> Iterator[TwoHosts]:
             [shutil.which("sshd") or "/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config"], stderr=log
         )
     try:
-        hosts = TwoHosts(folder, port)
+        hosts = TwoHosts(folder, port, server.pid)
         for _ in range(50):
             if hosts.is_up():
                 break

@@ -6,13 +6,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from support import HOSTFILE_COMMAND, REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_command
-from two_hosts import TwoHosts
+from two_hosts import HOSTS, TwoHosts
 
 from pretrain.metrics import read_records
 
 pytestmark = pytest.mark.slow
+
+
+def test_nobody_else_can_reach_the_sshd_of_these_tests(two_hosts: TwoHosts) -> None:
+    sockets = psutil.Process(two_hosts.server).net_connections("inet")
+    assert {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN} == set(HOSTS)
 
 
 def test_without_data_the_command_that_makes_it_is_named(copy: Path, two_hosts: TwoHosts) -> None:
