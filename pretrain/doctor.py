@@ -23,7 +23,7 @@ from typing import Any
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
 from pretrain.checkpoint import checkpoints_folder
 from pretrain.config import Inputs, check_inputs, make_parser
-from pretrain.launchers import tasks_per_node
+from pretrain.launchers import slurm_port, tasks_per_node
 from pretrain.probe import num_gpus
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
@@ -31,6 +31,7 @@ _LOOK_PATIENCE_S = 120
 _ALL_REDUCE_PATIENCE_S = 180
 _FIRST_RANKS_WITHOUT_GPU = 2
 _MAX_EPOCHS = 40
+_DEEPSPEED_PORT = 29500
 _STATE_BYTES = 12
 """A parameter's fp32 weight and two moments."""
 
@@ -323,7 +324,8 @@ def make_doctor_parser() -> ArgumentParser:
             action.help = f"{action.help} Without it only the hosts are checked."
     own = parser.add_argument_group("doctor")
     own.add_argument("--hostfile", type=Path, metavar="PATH", help="a line a host: node1 slots=8")
-    own.add_argument("--master_port", type=int, default=29500, metavar="N", help="as of deepspeed's launcher")
+    port = slurm_port(int(os.environ["SLURM_JOB_ID"])) if "SLURM_JOB_ID" in os.environ else _DEEPSPEED_PORT
+    own.add_argument("--master_port", type=int, default=port, metavar="N", help="where rank 0 will listen")
     own.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     return parser
 

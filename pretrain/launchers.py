@@ -70,7 +70,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
         address = address or _HERE
-        port = port or str(_FIRST_PORT + _number(environ, "SLURM_JOB_ID", launcher) % _NUM_PORTS)
+        port = port or str(slurm_port(_number(environ, "SLURM_JOB_ID", launcher)))
     elif not address or not port:
         address, port = _agreed_by_mpi(rank, local_size == world_size)
     return Place(rank, local_rank, world_size, local_size, address, _port(port))
@@ -84,6 +84,11 @@ def take_place() -> Place:
         "LOCAL_SIZE": str(place.local_size), "MASTER_ADDR": place.master_addr, "MASTER_PORT": str(place.master_port),
     }  # fmt: skip
     return place
+
+
+def slurm_port(job: int) -> int:
+    """Where rank 0 of a Slurm job listens: jobs that share a node do not meet."""
+    return _FIRST_PORT + job % _NUM_PORTS
 
 
 def in_slurm_step(environ: Mapping[str, str] = os.environ) -> bool:
