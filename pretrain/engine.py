@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import os
@@ -9,7 +10,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from pydantic import ValidationError
 from torch import distributed, nn
 
-from data_prep.console import available_cores
+from data_prep.console import available_cores, describe_error
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses
+from pretrain.partitions import MOMENTS, WEIGHT, Partitions
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _STALE_LOCK_S = 600.0
@@ -217,28 +217,74 @@ class Engine:
         return failures[0] if failures else None
 
     def load_shards(self, folder: Path, tag: str) -> None:
-        """Restore weights, optimizer, loss scale and schedule; the DeepSpeed JSON, not the checkpoint, keeps deciding
-        learning rate and weight decay. Raises ValueError where DeepSpeed could not load."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise ValueError(f"{folder / tag}: DeepSpeed could not load this checkpoint")
+        """Restore weights, optimizer, loss scale and schedule, whatever the number of ranks and the ZeRO stage that saved
+        them; the DeepSpeed JSON, not the checkpoint, keeps deciding learning rate and weight decay.
+
+        DeepSpeed's own way takes the same number of ranks alone, or a converted copy of the checkpoint on disk, and
+        unpickles whatever a file holds. Raises ValueError, on all ranks, where one could not read a file.
+        """
+        failure = None
+        try:
+            saved = Partitions(folder / tag)
+            if self._optimizer_stage == 3:
+                self._optimizer.checkpoint_event_prologue()
+            self._restore_partitions(saved)
+        except (OSError, ValueError) as error:
+            failure = describe_error(error)
+        if failure := next((failure for failure in self.gather(failure) if failure), None):
+            raise ValueError(failure)
+        if self._optimizer_stage == 3:
+            for sub_group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            self._optimizer.checkpoint_event_epilogue()
+        else:
+            self._optimizer.update_lp_params()
+        if self._is_fp16:
+            vars(self._optimizer.loss_scaler).update(saved.loss_scaler)
+        self._scheduler.load_state_dict(saved.model_states["lr_scheduler"])
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, name, saved.model_states[name])
         for group, settings, lr in zip(
             self._optimizer.param_groups, self._group_settings, self._scheduler.get_lr(), strict=True
         ):
             group.update(settings, lr=lr)
+
+    @property
+    def _optimizer_stage(self) -> int:
+        return int(self._engine.zero_optimization_stage())
+
+    def _restore_partitions(self, saved: Partitions) -> None:
+        """Fill this rank's parts of the fp32 weights and of Adam's moments."""
+        optimizer, state = self._optimizer, self._optimizer.optimizer.state
+        is_cut_by_weight = self._optimizer_stage == 3
+        kinds = MOMENTS if saved.has_moments else ()
+        state.clear()
+        for flat in optimizer.fp32_partitioned_groups_flat if is_cut_by_weight else optimizer.single_partition_of_fp32_groups:
+            if saved.has_moments:
+                state[flat] = copy.deepcopy(saved.counters) | {kind: torch.zeros_like(flat) for kind in kinds}
+        if not is_cut_by_weight:
+            optimizer._hp_optimizer_states_linked = False
+            if saved.has_moments:
+                optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.module.named_parameters():
+            for kind in (WEIGHT, *kinds):
+                key = None if kind == WEIGHT else kind
+                if is_cut_by_weight:
+                    part = parameter.ds_tensor.numel()
+                    start = min(self.rank * part, parameter.ds_numel)
+                    values = saved.read(name, kind, start, min(start + part, parameter.ds_numel))
+                    values = nn.functional.pad(values, (0, part - len(values)))
+                    optimizer.set_local_hp_param(values, parameter, key)
+                elif (mapping := parameter._hp_mapping) is not None:
+                    address = mapping.lp_fragment_address
+                    values = saved.read(name, kind, address.start, address.start + address.numel)
+                    mapping.get_hp_fragment(key).data.copy_(values)
 
     def close(self) -> None:
         """Leave the other ranks."""
         self._engine.destroy()
         distributed.barrier()
         distributed.destroy_process_group()
-
-
-def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
-    """The fp32 weights of a sharded checkpoint, by name."""
-    with redirect_stdout(None):
-        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
-    return weights
 
 
 def _three_sizes(sizes: BatchSizes) -> dict[str, int]:
