@@ -98,10 +98,16 @@ class Engine:
         self.device = torch.device(get_accelerator().current_device_name())
         self._is_fp16 = config.precision == "fp16"
         self._update_loss_scale = _defer_loss_scale_update(self._optimizer)
+        self._optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard tells, and goes back
         self._group_settings = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
             for group in self._optimizer.param_groups
         ]
+
+    @property
+    def zero_stage(self) -> int:
+        """1, 2 or 3."""
+        return int(self._engine.zero_optimization_stage())
 
     # ---- training
 
@@ -129,6 +135,16 @@ class Engine:
     def loss_scale(self) -> float:
         """fp16's loss scale; 1 in other precisions."""
         return float(self._optimizer.cur_scale) if self._is_fp16 else 1.0
+
+    @property
+    def is_at_smallest_loss_scale(self) -> bool:
+        """Whether fp16's loss scale cannot become smaller."""
+        return self._is_fp16 and self.loss_scale <= getattr(self._optimizer.loss_scaler, "min_scale", 0.0)
+
+    @property
+    def is_overflow(self) -> bool:
+        """Whether fp16 skipped the last step."""
+        return self._is_fp16 and bool(self._optimizer.overflow)
 
     @property
     def gradient_norm(self) -> float:
@@ -226,21 +242,21 @@ class Engine:
         failure = None
         try:
             saved = Partitions(folder / tag)
-            if self._optimizer_stage == 3:
+            if self.zero_stage == 3:
                 self._optimizer.checkpoint_event_prologue()
             self._restore_partitions(saved)
         except (OSError, ValueError) as error:
             failure = describe_error(error)
         if failure := next((failure for failure in self.gather(failure) if failure), None):
             raise ValueError(failure)
-        if self._optimizer_stage == 3:
+        if self.zero_stage == 3:
             for sub_group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
             self._optimizer.checkpoint_event_epilogue()
         else:
             self._optimizer.update_lp_params()
         if self._is_fp16:
-            vars(self._optimizer.loss_scaler).update(saved.loss_scaler)
+            vars(self._optimizer.loss_scaler).update(saved.loss_scaler | {"raise_error_at_min_scale": False})
         self._scheduler.load_state_dict(saved.model_states["lr_scheduler"])
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(self._engine, name, saved.model_states[name])
@@ -249,23 +265,22 @@ class Engine:
         ):
             group.update(settings, lr=lr)
 
-    @property
-    def _optimizer_stage(self) -> int:
-        return int(self._engine.zero_optimization_stage())
-
     def _restore_partitions(self, saved: Partitions) -> None:
         """Fill this rank's parts of the fp32 weights and of Adam's moments."""
         optimizer, state = self._optimizer, self._optimizer.optimizer.state
-        is_cut_by_weight = self._optimizer_stage == 3
+        is_cut_by_weight = self.zero_stage == 3
         kinds = MOMENTS if saved.has_moments else ()
         state.clear()
-        for flat in optimizer.fp32_partitioned_groups_flat if is_cut_by_weight else optimizer.single_partition_of_fp32_groups:
+        for flat in (
+            optimizer.fp32_partitioned_groups_flat if is_cut_by_weight else optimizer.single_partition_of_fp32_groups
+        ):
             if saved.has_moments:
                 state[flat] = copy.deepcopy(saved.counters) | {kind: torch.zeros_like(flat) for kind in kinds}
         if not is_cut_by_weight:
             optimizer._hp_optimizer_states_linked = False
             if saved.has_moments:
                 optimizer._lazy_init_hp_params_optimizer_state()
+        parameter: Any
         for name, parameter in self.module.named_parameters():
             for kind in (WEIGHT, *kinds):
                 key = None if kind == WEIGHT else kind

@@ -81,7 +81,8 @@ class Partitions:
 
     def _part(self, name: str) -> int:
         """Elements of a weight on each rank in stage 3."""
-        return -(-math.prod(self.shapes[name]) // self.world_size)
+        part: int = math.ceil(self.shapes[name].numel() / self.world_size)
+        return part
 
     @property
     def has_moments(self) -> bool:
