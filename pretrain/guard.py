@@ -27,7 +27,7 @@ FAULT = "fault.json"
 SAMPLES = "samples.jsonl"
 DEEPSPEED = "deepspeed.json"
 _LEAST_STEPS = 20  # of the recent past, to know a band by
-_LEAST_WIDTH = 0.02  # of the band, in logarithms: where nothing moves, 2% does not count as a deviation
+_LEAST_DEVIATION = {"loss": 0.02, "gradient_norm": 0.15}  # in logarithms: where nothing moves, 2% of a loss is none
 _OF_A_NORMAL = 1.4826  # standard deviation / median absolute deviation
 
 
@@ -98,7 +98,7 @@ class Guard:
             return None
         logs = [math.log(max(getattr(values, name), 1e-30)) for values in self._recent]
         median = statistics.median(logs)
-        width = max(_OF_A_NORMAL * statistics.median(abs(log - median) for log in logs), _LEAST_WIDTH)
+        width = max(_OF_A_NORMAL * statistics.median(abs(log - median) for log in logs), _LEAST_DEVIATION[name])
         limit = median + self._deviations * width
         if math.log(max(value, 1e-30)) <= limit:
             return None
