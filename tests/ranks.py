@@ -81,8 +81,10 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, is_joi
 
     if is_joined:
         train.init_distributed()
-    else:
-        FusedAdam([torch.zeros(1, requires_grad=True)])  # loaded once, not in each child
+    else:  # what takes seconds is loaded once, not in each child
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (DeepSpeed's engine does)
+
+        FusedAdam([torch.zeros(1, requires_grad=True)])
     while True:
         function, arguments = connection.recv()
         try:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _runs(rank: int, ports: list[int], data: Path, folder: Path) -> None:
             shutil.copytree(folder / "nan" / before, run / before)
             (run / "ready").touch()
         while name in ("resumed", "elastic") and not (run / "ready").exists():
-            pass
+            time.sleep(0.05)
         if rank < world_size:
             in_child(train_tiny, world_size, port, flags, model_class)
 
