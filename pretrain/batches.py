@@ -8,7 +8,7 @@ micro batch, nor restarts, and the only state is the number of samples consumed.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -193,10 +193,10 @@ class BatchesAhead:
     only one that reads the data set, as HDF5 files are no place for two: validation reads through `call`.
     """
 
-    def __init__(self, batches: TrainingBatches, first: int, stop: int, train_batch: int, *, is_pinned: bool) -> None:
-        """From the step after `first` samples of the run to the last before `stop`; `is_pinned`: for copies to a GPU."""
+    def __init__(self, batches: TrainingBatches, starts: Iterable[int], *, is_pinned: bool) -> None:
+        """For each step, how many samples of the run come before it; `is_pinned`: for copies to a GPU."""
         self._batches, self._is_pinned = batches, is_pinned
-        self._starts = iter(range(first, stop, train_batch))
+        self._starts = iter(starts)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._coming: deque[Future[list[Layout]]] = deque()
         for _ in range(_STEPS_AHEAD):

@@ -18,13 +18,14 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from data_prep.console import describe_error
-from data_prep.files import read_manifest, sha256_of_file, sync_directory, write_manifest
+from data_prep.files import read_json, read_manifest, sha256_of_file, sync_directory, write_manifest
+from pretrain.guard import FAULT, Window, faults_folder
 
 if TYPE_CHECKING:  # `pretrain.status` has no need of torch
     from pretrain.engine import Engine
@@ -54,6 +55,16 @@ class Checkpoint:
         """The place in the global order of samples."""
         return int(self.manifest["samples_consumed"])
 
+    @property
+    def skipped(self) -> list[Window]:
+        """The samples that the run leaves out, before this checkpoint and behind it."""
+        return [Window(**window) for window in self.manifest.get("skipped", [])]
+
+    @property
+    def written_by(self) -> str:
+        """The ranks and the ZeRO stage that wrote its shards."""
+        return ranks_and_stage(self.manifest["world_size"], self.manifest["zero_stage"])
+
 
 class SaveFailed(Exception):
     """The run ends, and what was trained since its last whole checkpoint is lost."""
@@ -73,6 +84,11 @@ class Save:
     failure: str | None
 
 
+def ranks_and_stage(world_size: int, zero_stage: int) -> str:
+    """In words."""
+    return f"{world_size} {'rank' if world_size == 1 else 'ranks'} at ZeRO stage {zero_stage}"
+
+
 def checkpoints_folder(run: Path) -> Path:
     """Where a run keeps its checkpoints."""
     return run / "checkpoints"
@@ -87,7 +103,7 @@ def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
     passed_over: list[str] = []
     for folder in folders:
         try:
-            return Checkpoint(folder, _checked_manifest(folder)), passed_over
+            return read_checkpoint(folder), passed_over
         except (ValueError, OSError) as error:
             passed_over.append(f"passed over checkpoint {folder.name}: {describe_error(error)}")
     if folders:
@@ -96,6 +112,11 @@ def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
             "restore one, or begin anew with another --run"
         )
     return None, []
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, every file of which has been read and compared. Raises ValueError or OSError where it is not whole."""
+    return Checkpoint(folder, _checked_manifest(folder))
 
 
 def _checked_manifest(folder: Path) -> dict[str, Any]:
@@ -118,7 +139,7 @@ class CheckpointStore:
     def __init__(
         self, run: Path, engine: Engine, identity: dict[str, Any], keep_last: int, keep_every_steps: int
     ) -> None:
-        """`identity` is what must be the same for a run to go on: model, objective, data, world size, ..."""
+        """`identity` is what must be the same for a run to go on: model, objective, data, batch, ..."""
         self._run, self._engine, self._identity = run, engine, identity
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self._exchange = engine.ranks_store()
@@ -127,8 +148,8 @@ class CheckpointStore:
         self._saves: deque[Save] = deque()
         self._failure: str | None = None
 
-    def resume(self) -> tuple[Checkpoint | None, list[str]]:
-        """Load the newest whole checkpoint, if there is any; also a line for each one passed over.
+    def find(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, if there is any; also a line for each one passed over.
 
         Raises ValueError, on all ranks, where none is whole or where it belongs to another kind of run.
         """
@@ -144,10 +165,11 @@ class CheckpointStore:
         found = self._engine.from_rank_0(found)
         if isinstance(found, str):
             raise ValueError(found)
-        checkpoint, passed_over = found
-        if checkpoint:
-            self._engine.load_shards(checkpoint.folder, SHARDS)
-        return checkpoint, passed_over
+        return found
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restore the run as it was then. Raises ValueError, on all ranks, where one could not read its part."""
+        self._engine.load_shards(checkpoint.folder, SHARDS)
 
     def _check_identity(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.manifest["identity"]
@@ -162,10 +184,36 @@ class CheckpointStore:
                 "put that back, or begin anew with another --run"
             )
 
-    def save(self, samples_consumed: int) -> None:
+    def record_skipped(self, skipped: list[Window]) -> None:
+        """Let every checkpoint know of the windows, so that whichever is resumed from has the same samples behind it.
+
+        Raises ValueError, on all ranks, where a manifest could not be written.
+        """
+        failure = None
+        if self._engine.rank == 0:
+            try:
+                for folder in sorted(checkpoints_folder(self._run).glob("step*"), reverse=True):
+                    self._rewrite_manifest(folder, {"skipped": [asdict(window) for window in skipped]})
+            except OSError as error:
+                failure = describe_error(error)
+        if failure := self._engine.from_rank_0(failure):
+            raise ValueError(f"the skipped samples could not be recorded: {failure}")
+
+    @staticmethod
+    def _rewrite_manifest(folder: Path, changes: dict[str, Any]) -> None:
+        try:
+            manifest = read_manifest(folder / MANIFEST, FORMAT, VERSION)
+        except (ValueError, FileNotFoundError):  # a damaged checkpoint, never to be resumed from
+            return
+        write_manifest(folder / MANIFEST, FORMAT, VERSION, {
+            key: value for key, value in (manifest | changes).items() if key not in ("format", "version")
+        })  # fmt: skip
+
+    def save(self, place: dict[str, Any]) -> None:
         """Save the run as it is now: DeepSpeed's files are written, then a thread flushes and hashes them, declares the
         checkpoint whole and removes old ones, while training goes on.
 
+        `place`, the run's place in its samples, goes to the manifest: samples_consumed, skipped windows, the guard's recent steps.
         What became of it, a failure too, is told by `saved` and `finish`; the checkpoints there were are still there.
         """
         self.finish()
@@ -180,7 +228,7 @@ class CheckpointStore:
         self._failure = f"{folder}: was not finished"
         self._stall_s = time.perf_counter() - started
         self._saving = Thread(
-            target=self._finish_own, args=(folder, unfinished, self._engine.steps, samples_consumed, failure),
+            target=self._finish_own, args=(folder, unfinished, self._engine.steps, place, failure),
             name="checkpoint", daemon=True,
         )  # fmt: skip
         self._saving.start()
@@ -205,7 +253,7 @@ class CheckpointStore:
     # The thread's part: no collectives, as the main thread is in the middle of its own.
 
     def _finish_own(
-        self, folder: Path, unfinished: Path, step: int, samples_consumed: int, failure: str | None
+        self, folder: Path, unfinished: Path, step: int, place: dict[str, Any], failure: str | None
     ) -> None:
         files: dict[str, Any] = {}
         started = time.perf_counter()
@@ -219,7 +267,7 @@ class CheckpointStore:
             failure, files = self._all_reports()
             if not failure:
                 try:
-                    self._declare_whole(unfinished, folder, step, samples_consumed, files)
+                    self._declare_whole(unfinished, folder, step, place, files)
                 except OSError as error:
                     failure = describe_error(error)
             if failure:
@@ -258,10 +306,11 @@ class CheckpointStore:
                 yield file.relative_to(folder).as_posix(), {"size_bytes": size, "sha256": sha256_of_file(file)}
 
     def _declare_whole(
-        self, unfinished: Path, folder: Path, step: int, samples_consumed: int, files: dict[str, Any]
+        self, unfinished: Path, folder: Path, step: int, place: dict[str, Any], files: dict[str, Any]
     ) -> None:
         write_manifest(unfinished / MANIFEST, FORMAT, VERSION, {
-            "step": step, "samples_consumed": samples_consumed, "identity": self._identity,
+            "step": step, **place, "identity": self._identity,
+            "world_size": self._engine.world_size, "zero_stage": self._engine.zero_stage,
             "files": dict(sorted(files.items())),
         })  # fmt: skip
         sync_directory(unfinished / SHARDS)
@@ -276,8 +325,15 @@ class CheckpointStore:
         folders = sorted(f for f in checkpoints_folder(self._run).glob("step*") if f.name <= newest.name)
         for folder in folders[: -self._keep_last]:
             step = int(folder.name.removeprefix("step"))
-            if not (self._keep_every_steps and step % self._keep_every_steps == 0):
+            if step not in self._steps_to_replay() and not (
+                self._keep_every_steps and step % self._keep_every_steps == 0
+            ):
                 self._remove(folder)
+
+    def _steps_to_replay(self) -> set[int]:
+        """Of the checkpoints from which faults are replayed: kept until the fault's folder is removed."""
+        faults = faults_folder(self._run).glob(f"step*/{FAULT}")
+        return {int(read_json(fault)["window"]["checkpoint_step"]) for fault in faults}
 
     def _remove(self, folder: Path) -> None:
         condemned = folder.with_name(f".tmp-{folder.name}-old")  # so that half of it is never taken for a damaged one

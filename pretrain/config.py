@@ -51,6 +51,13 @@ class RunConfig:
     """Newest checkpoints kept."""
     keep_every_steps: int = 0
     """Checkpoints of steps divisible by this are kept for good; 0 = none."""
+    spike_deviations: float = 10.0
+    """Go back to the last checkpoint, and on behind the samples seen since, when a step's loss or gradient norm is so many
+    deviations above the recent median, in logarithms; 0 = only when not finite, or when fp16's loss scale is spent."""
+    spike_window_steps: int = 100
+    """Steps that --spike_deviations judges by."""
+    max_rewinds: int = 5
+    """Windows of samples that may be skipped in the whole run; one more fault ends it."""
     max_hours: float = 0.0
     """Save and end after this time from the process's start, to be started again; leave time for a step and a save; 0 = no
     limit."""
@@ -60,7 +67,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         at_least = {
             "max_steps": 1, "seed": 0, "log_every_steps": 1, "validate_every_steps": 0, "validation_samples": 1,
-            "save_every_steps": 1, "keep_last": 1, "keep_every_steps": 0, "max_hours": 0, "watchdog_minutes": 0,
+            "save_every_steps": 1, "keep_last": 1, "keep_every_steps": 0, "max_hours": 0, "spike_deviations": 0,
+            "spike_window_steps": 2, "max_rewinds": 0, "watchdog_minutes": 0,
         }  # fmt: skip
         faults = [
             f"{name} is {value}, expected at least {least}"

@@ -76,8 +76,15 @@ class DeepSpeedConfig:
         return enabled[0] if enabled else "fp32"
 
     def batch_sizes(self, world_size: int) -> BatchSizes:
-        """The three sizes from the two or three that are given. Raises ValueError where they do not fit the ranks."""
+        """The three sizes from the one to three that are given. Raises ValueError where they do not fit the ranks.
+
+        A micro batch given with the whole batch alone is the largest that is wanted: where it does not divide a rank's
+        share, the next smaller one that does is taken, so that a run goes on at another number of ranks.
+        """
         train, micro, accumulation = (self.values.get(key, 0) for key in _BATCH_SIZE_KEYS)
+        if train and micro and not accumulation and train % world_size == 0:
+            share = train // world_size
+            micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
         train = train or micro * (accumulation or 1) * world_size
         micro = micro or train // ((accumulation or 1) * world_size)
         accumulation = accumulation or train // (max(1, micro) * world_size)
@@ -135,6 +142,9 @@ def _recipe_faults(values: dict[str, Any]) -> list[str]:
             faults.append(f"{section}: expected an object with type and params")
     if not faults and str(values["optimizer"]["type"]).lower() not in _ADAM_TYPES:
         faults.append(f"optimizer.type: expected Adam or AdamW, found {values['optimizer']['type']!r}")
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        faults.append(f"zero_optimization.stage: expected 1, 2 or 3, found {stage!r}")
     if all(values.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
         faults.append("fp16 and bf16 are both enabled; choose one")
     if "gradient_clipping" not in values:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import os
 import sys
 from collections import deque
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from pydantic import ValidationError
 from torch import distributed, nn
 
-from data_prep.console import available_cores
+from data_prep.console import available_cores, describe_error
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.launchers import take_place
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses
+from pretrain.partitions import MOMENTS, WEIGHT, Partitions
 from pretrain.probe import is_abandoned
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -99,10 +99,16 @@ class Engine:
         self.device = torch.device(get_accelerator().current_device_name())
         self._is_fp16 = config.precision == "fp16"
         self._update_loss_scale = _defer_loss_scale_update(self._optimizer)
+        self._optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard tells, and goes back
         self._group_settings = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
             for group in self._optimizer.param_groups
         ]
+
+    @property
+    def zero_stage(self) -> int:
+        """1, 2 or 3."""
+        return int(self._engine.zero_optimization_stage())
 
     # ---- training
 
@@ -130,6 +136,16 @@ class Engine:
     def loss_scale(self) -> float:
         """fp16's loss scale; 1 in other precisions."""
         return float(self._optimizer.cur_scale) if self._is_fp16 else 1.0
+
+    @property
+    def is_at_smallest_loss_scale(self) -> bool:
+        """Whether fp16's loss scale cannot become smaller."""
+        return self._is_fp16 and self.loss_scale <= getattr(self._optimizer.loss_scaler, "min_scale", 0.0)
+
+    @property
+    def is_overflow(self) -> bool:
+        """Whether fp16 skipped the last step."""
+        return self._is_fp16 and bool(self._optimizer.overflow)
 
     @property
     def gradient_norm(self) -> float:
@@ -218,28 +234,73 @@ class Engine:
         return failures[0] if failures else None
 
     def load_shards(self, folder: Path, tag: str) -> None:
-        """Restore weights, optimizer, loss scale and schedule; the DeepSpeed JSON, not the checkpoint, keeps deciding
-        learning rate and weight decay. Raises ValueError where DeepSpeed could not load."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise ValueError(f"{folder / tag}: DeepSpeed could not load this checkpoint")
+        """Restore weights, optimizer, loss scale and schedule, whatever the number of ranks and the ZeRO stage that saved
+        them; the DeepSpeed JSON, not the checkpoint, keeps deciding learning rate and weight decay.
+
+        DeepSpeed's own way takes the same number of ranks alone, or a converted copy of the checkpoint on disk, and
+        unpickles whatever a file holds. Raises ValueError, on all ranks, where one could not read a file.
+        """
+        failure = None
+        try:
+            saved = Partitions(folder / tag)
+            if self.zero_stage == 3:
+                self._optimizer.checkpoint_event_prologue()
+            self._restore_partitions(saved)
+        except (OSError, ValueError) as error:
+            failure = describe_error(error)
+        if failure := next((failure for failure in self.gather(failure) if failure), None):
+            raise ValueError(failure)
+        if self.zero_stage == 3:
+            for sub_group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            self._optimizer.checkpoint_event_epilogue()
+        else:
+            self._optimizer.update_lp_params()
+        if self._is_fp16:
+            vars(self._optimizer.loss_scaler).update(saved.loss_scaler | {"raise_error_at_min_scale": False})
+        self._scheduler.load_state_dict(saved.model_states["lr_scheduler"])
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, name, saved.model_states[name])
         for group, settings, lr in zip(
             self._optimizer.param_groups, self._group_settings, self._scheduler.get_lr(), strict=True
         ):
             group.update(settings, lr=lr)
+
+    def _restore_partitions(self, saved: Partitions) -> None:
+        """Fill this rank's parts of the fp32 weights and of Adam's moments."""
+        optimizer, state = self._optimizer, self._optimizer.optimizer.state
+        is_cut_by_weight = self.zero_stage == 3
+        kinds = MOMENTS if saved.has_moments else ()
+        state.clear()
+        for flat in (
+            optimizer.fp32_partitioned_groups_flat if is_cut_by_weight else optimizer.single_partition_of_fp32_groups
+        ):
+            if saved.has_moments:
+                state[flat] = copy.deepcopy(saved.counters) | {kind: torch.zeros_like(flat) for kind in kinds}
+        if not is_cut_by_weight:
+            optimizer._hp_optimizer_states_linked = False
+            if saved.has_moments:
+                optimizer._lazy_init_hp_params_optimizer_state()
+        parameter: Any
+        for name, parameter in self.module.named_parameters():
+            for kind in (WEIGHT, *kinds):
+                key = None if kind == WEIGHT else kind
+                if is_cut_by_weight:
+                    part = parameter.ds_tensor.numel()
+                    start = min(self.rank * part, parameter.ds_numel)
+                    values = saved.read(name, kind, start, min(start + part, parameter.ds_numel))
+                    values = nn.functional.pad(values, (0, part - len(values)))
+                    optimizer.set_local_hp_param(values, parameter, key)
+                elif (mapping := parameter._hp_mapping) is not None:
+                    address = mapping.lp_fragment_address
+                    values = saved.read(name, kind, address.start, address.start + address.numel)
+                    mapping.get_hp_fragment(key).data.copy_(values)
 
     def close(self) -> None:
         """Leave the other ranks."""
         self._engine.destroy()
         distributed.barrier()
         distributed.destroy_process_group()
-
-
-def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
-    """The fp32 weights of a sharded checkpoint, by name."""
-    with redirect_stdout(None):
-        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
-    return weights
 
 
 def _three_sizes(sizes: BatchSizes) -> dict[str, int]:

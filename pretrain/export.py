@@ -21,6 +21,7 @@ from data_prep.files import read_json, sync_directory, write_json, write_whole
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import SHARDS, newest_whole
 from pretrain.model import PMLM, PMLMConfig
+from pretrain.partitions import Partitions
 
 FORMAT = "pmlm"
 VERSION = 1
@@ -43,9 +44,7 @@ def export(run: Path, output: Path) -> int:
     tokenizer = load_tokenizer(run / identity["tokenizer_file"])
     if tokenizer.sha256 != identity["tokenizer_sha256"]:
         raise ValueError(f"{tokenizer.path}: not the tokenizer this run was trained with; copy it from the data set")
-    from pretrain.engine import consolidated_weights
-
-    weights = consolidated_weights(checkpoint.folder, SHARDS)
+    weights = Partitions(checkpoint.folder / SHARDS).weights()
     stored = {name: tensor.contiguous() for name, tensor in weights.items() if name != _TIED}
     unfinished = output.with_name(f".{output.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import IO, Any
 
 import torch
 from tqdm import tqdm
 
-from data_prep.console import progress_bar
+from data_prep.console import describe_error, progress_bar
 from data_prep.files import sha256_of_file, write_whole
 from data_prep.shards import manifest_path
-from pretrain.batches import BatchesAhead, Share, TrainingBatches, validation_batches
-from pretrain.checkpoint import CheckpointStore, SaveFailed
+from pretrain.batches import BatchesAhead, SampleOrder, Share, TrainingBatches, validation_batches
+from pretrain.checkpoint import Checkpoint, CheckpointStore, SaveFailed, ranks_and_stage
 from pretrain.config import Inputs
 from pretrain.engine import Engine, fused_adam_build, init_distributed
+from pretrain.guard import Guard, StepValues, Window, behind, new_fault_name, write_fault
 from pretrain.layout import Layout
 from pretrain.metrics import Metrics, read_records
 from pretrain.model import PMLM, PretrainingLosses
@@ -58,16 +61,25 @@ class Trainer:
         model = PMLM(inputs.model, self._config.attention, self._config.activation_checkpointing)
         if self._config.compile:
             model.compile_layers()
+        num_parameters = sum(p.numel() for p in model.parameters())  # here, as ZeRO stage 3 leaves empty ones
         is_built, _ = fused_adam_build()
         if not is_built and torch.distributed.get_rank() == 0:
             print("compiling DeepSpeed's fused Adam: about a minute, once on this machine", file=console, flush=True)
         self._engine = Engine(model, inputs.deepspeed)
         self._is_main = self._engine.rank == 0
-        identity = run_identity(inputs, self._engine.world_size)
         self._store = CheckpointStore(
-            self._config.run, self._engine, identity, self._config.keep_last, self._config.keep_every_steps
+            self._config.run, self._engine, run_identity(inputs), self._config.keep_last, self._config.keep_every_steps
         )
-        checkpoint, passed_over = self._store.resume()
+        checkpoint, passed_over = self._store.find()
+        for line in passed_over:
+            self._say(line)
+        self._guard = Guard(self._config.spike_deviations, self._config.spike_window_steps)
+        self._skipped: list[Window] = []
+        self._unjudged: tuple[StepValues, torch.Tensor, bool, bool] | None = None
+        if checkpoint:
+            self._load(checkpoint)
+            self._skipped = checkpoint.skipped
+            self._guard.restore(checkpoint.manifest.get("recent_steps", []))
         self._samples_consumed = checkpoint.samples_consumed if checkpoint else 0
         self._saved_step = self._engine.steps
         self._share = Share(
@@ -79,25 +91,36 @@ class Trainer:
         # What is compiled, as flex attention is on CUDA, is compiled for each shape; flex is left to where nothing is dropped.
         is_flex = self._engine.device.type == "cuda" and self._config.attention in ("auto", "flex")
         self._validation_has_one_shape = self._config.compile or is_flex
-        batches = TrainingBatches(
-            inputs.data, self._config.objective, self._share, self._config.seed,
-            one_shape=self._config.compile or (is_flex and inputs.model.dropout == 0),
-        )  # fmt: skip
-        self._batches = BatchesAhead(
-            batches, self._samples_consumed, inputs.total_steps * self._share.train_batch, self._share.train_batch,
-            is_pinned=self._engine.device.type == "cuda",
-        )  # fmt: skip
+        self._batches = self._batches_ahead()
         self._metrics = Metrics(self._config.run, self._engine.steps) if self._is_main else None
         if self._is_main:  # `export` needs it when the data set may be elsewhere
             tokenizer = inputs.data.tokenizer
             write_whole(self._config.run / tokenizer.file_name, tokenizer.path.read_bytes())
             write_plan(self._config.run, inputs.total_steps)
-        self._report_start(model, passed_over, checkpoint is not None)
+        self._report_start(num_parameters, checkpoint is not None)
 
-    def _report_start(self, model: PMLM, passed_over: list[str], is_resumed: bool) -> None:
-        for line in passed_over:
-            self._say(line)
-        num_parameters = sum(p.numel() for p in model.parameters())
+    def _batches_ahead(self) -> BatchesAhead:
+        """The micro batches of the steps that are left."""
+        has_one_shape = self._validation_has_one_shape and (self._config.compile or self._inputs.model.dropout == 0)
+        batches = TrainingBatches(
+            self._inputs.data, self._config.objective, self._share, self._config.seed, one_shape=has_one_shape
+        )
+        starts = self._starts(self._samples_consumed, self._inputs.total_steps - self._engine.steps)
+        return BatchesAhead(batches, starts, is_pinned=self._engine.device.type == "cuda")
+
+    def _starts(self, samples_consumed: int, num_steps: int) -> Iterator[int]:
+        """The places at which the coming steps' samples begin."""
+        for _ in range(num_steps):
+            yield (start := behind(samples_consumed, self._skipped))
+            samples_consumed = start + self._share.train_batch
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        now = ranks_and_stage(self._engine.world_size, self._engine.zero_stage)
+        if checkpoint.written_by != now:
+            self._say(f"resuming step {checkpoint.step}: saved by {checkpoint.written_by}, cut anew for {now}")
+        self._store.load(checkpoint)
+
+    def _report_start(self, num_parameters: int, is_resumed: bool) -> None:
         sizes = self._inputs.batch_sizes
         self._say(
             f"{self._config.objective.value} on {self._config.data}: {num_parameters / 1e6:.1f}M parameters, "
@@ -107,8 +130,8 @@ class Trainer:
         if is_resumed:
             self._say(f"resumed from step {self._engine.steps} of {self._inputs.total_steps}")
         self._record("start", {
-            "resumed": is_resumed, "world_size": self._engine.world_size, "num_parameters": num_parameters,
-            "samples_consumed": self._samples_consumed,
+            "resumed": is_resumed, "world_size": self._engine.world_size, "zero_stage": self._engine.zero_stage,
+            "num_parameters": num_parameters, "samples_consumed": self._samples_consumed,
         })  # fmt: skip
 
     def run(self) -> None:
@@ -131,11 +154,17 @@ class Trainer:
                 micro_batches = self._batches.next_step()
                 data_wait_s += time.perf_counter() - started
                 self._watch.progress(f"step {self._engine.steps + 1}")
-                num_targets, reason = self._agree(micro_batches)
+                num_targets, reason, fault = self._agree(micro_batches)
+                if fault:
+                    self._rewind(fault)
+                    bar.n = self._engine.steps
+                    continue
                 if reason:
                     break
-                sums = self._train_step(micro_batches, num_targets)
-                self._samples_consumed += self._share.train_batch
+                is_at_smallest_scale = self._engine.is_at_smallest_loss_scale
+                sums = train_step(self._engine, micro_batches, num_targets, self._config.seed)
+                self._note(sums, num_targets, is_at_smallest_scale)
+                self._samples_consumed = behind(self._samples_consumed, self._skipped) + self._share.train_batch
                 step = self._engine.steps
                 num_tokens += sum(layout.num_tokens for layout in micro_batches)
                 is_last = step >= total
@@ -150,9 +179,14 @@ class Trainer:
                     })  # fmt: skip
                     bar.set_postfix_str(_short(values), refresh=False)
                     step_time_s, data_wait_s, num_tokens = 0.0, 0.0, 0
+                is_save_due = self._is_due(self._config.save_every_steps, is_last)
+                if is_save_due and (fault := self._judge(self._engine.sum_over_ranks(self._unjudged_loss()))):
+                    self._rewind(fault)
+                    bar.n = self._engine.steps
+                    continue
                 if self._is_due(self._config.validate_every_steps, is_last):
                     self._validate()
-                if self._is_due(self._config.save_every_steps, is_last):
+                if is_save_due:
                     self._save()
                 self._report_saves()
         self._end(reason)
@@ -166,23 +200,101 @@ class Trainer:
             self._say(summary(self._config.run))
         self._engine.close()
 
-    def _agree(self, micro_batches: list[Layout]) -> tuple[torch.Tensor, str | None]:
-        """The coming step's targets on all ranks, shape (1,); and why all ranks are to stop before it, if they are."""
-        own = [sum(m.num_targets for m in micro_batches), *self._stopping.vote()]
-        total = self._engine.sum_over_ranks(torch.tensor(own, dtype=torch.float64))
-        return total[:1], agreed_reason(total[1:].tolist())
+    def _agree(self, micro_batches: list[Layout]) -> tuple[torch.Tensor, str | None, str | None]:
+        """The coming step's targets on all ranks, shape (1,); why all ranks are to stop before it, if they are; and what was
+        wrong with the step before."""
+        own = torch.tensor([sum(m.num_targets for m in micro_batches), *self._stopping.vote()], dtype=torch.float64)
+        total = self._engine.sum_over_ranks(torch.cat([self._unjudged_loss(), own.to(self._engine.device)]))
+        return total[1:2], agreed_reason(total[2:].tolist()), self._judge(total[:1])
 
-    def _train_step(self, micro_batches: list[Layout], num_targets: torch.Tensor) -> torch.Tensor:
-        """One optimizer step; returns this rank's sums, which `_means` adds up over all ranks."""
-        self._engine.train(True)
-        self._engine.seed_step(self._config.seed)
-        sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)
-        for layout in micro_batches:
-            losses = self._engine(layout)
-            self._engine.backward((losses.ae_sum + losses.par_sum) / num_targets[0])
-            self._engine.step()
-            sums += _stacked(losses)
-        return torch.cat([sums, num_targets / self._engine.world_size])
+    def _note(self, sums: torch.Tensor, num_targets: torch.Tensor, is_at_smallest_scale: bool) -> None:
+        """Keep this rank's part of a step's loss, to be judged when it has been summed over the ranks."""
+        values = StepValues(self._engine.steps, 0.0, self._engine.gradient_norm)
+        is_overflow = self._engine.is_overflow
+        self._unjudged = values, (sums[0] + sums[1]) / num_targets[0], is_overflow, is_at_smallest_scale
+
+    def _unjudged_loss(self) -> torch.Tensor:
+        """This rank's part of it, shape (1,)."""
+        return (
+            self._unjudged[1][None]
+            if self._unjudged
+            else torch.zeros(1, dtype=torch.float64, device=self._engine.device)
+        )
+
+    def _judge(self, loss: torch.Tensor) -> str | None:
+        """What is wrong with the last step, if that is not told already; `loss` is over all ranks."""
+        if not self._unjudged:
+            return None
+        (values, _, is_overflow, is_at_smallest_scale), self._unjudged = self._unjudged, None
+        values = replace(values, loss=float(loss[0]))
+        return self._guard.fault_of(values, is_overflow=is_overflow, is_at_smallest_scale=is_at_smallest_scale)
+
+    def _rewind(self, reason: str) -> None:
+        """Go back to the last checkpoint, and on behind the samples seen since.
+
+        Raises ValueError, on all ranks, where there is no checkpoint or too many windows have been skipped.
+        """
+        fault_step, stop = self._engine.steps, self._samples_consumed
+        self._watch.progress(f"going back from step {fault_step}")
+        self._unjudged = None
+        self._batches.close()
+        self._store.finish()
+        self._report_saves()
+        checkpoint, passed_over = self._store.find()
+        for line in passed_over:
+            self._say(line)
+        if checkpoint is None:
+            raise ValueError(
+                f"step {fault_step}: {reason}; there is no checkpoint to go back to: lower the learning rate, or save earlier "
+                "with --save_every_steps"
+            )
+        first = behind(checkpoint.samples_consumed, self._skipped)
+        name = self._engine.from_rank_0(new_fault_name(self._config.run, fault_step))
+        window = Window(first, stop, checkpoint.step, name)
+        failure = None
+        if self._is_main:
+            try:
+                self._write_fault(window, reason, fault_step, checkpoint)
+            except OSError as error:
+                failure = describe_error(error)
+        if failure := self._engine.from_rank_0(failure):
+            raise ValueError(f"step {fault_step}: {reason}; and it could not be recorded: {failure}")
+        if len(self._skipped) >= self._config.max_rewinds:
+            raise ValueError(
+                f"step {fault_step}: {reason}; {len(self._skipped)} windows of samples have been skipped already (--max_rewinds "
+                f"{self._config.max_rewinds}); look at them with `python -m pretrain.replay --run {self._config.run} --fault "
+                f"{name.removeprefix('step').lstrip('0')}`, then lower the learning rate or raise --max_rewinds"
+            )
+        self._skipped.append(window)
+        self._store.record_skipped(self._skipped)
+        self._load(checkpoint)
+        self._guard.restore(checkpoint.manifest.get("recent_steps", []))
+        self._samples_consumed, self._saved_step = checkpoint.samples_consumed, checkpoint.step
+        self._batches = self._batches_ahead()
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = Metrics(self._config.run, checkpoint.step)
+        self._say(
+            f"step {fault_step}: {reason}; back to step {checkpoint.step}, samples {first} to {stop - 1} of the order are "
+            f"skipped (rewind {len(self._skipped)} of at most {self._config.max_rewinds})"
+        )
+        self._record("fault", {"fault": reason, "fault_step": fault_step, "first_sample": first, "stop_sample": stop})
+
+    def _write_fault(self, window: Window, reason: str, fault_step: int, checkpoint: Checkpoint) -> None:
+        order = SampleOrder(self._inputs.data.num_samples("train"), self._config.seed)
+        starts = self._starts(checkpoint.samples_consumed, fault_step - checkpoint.step)
+        batch = self._share.train_batch
+        write_fault(self._config.run, window, {
+            "step": fault_step, "reason": reason, "samples_consumed": checkpoint.samples_consumed,
+            "skipped": [asdict(skipped) for skipped in self._skipped], "identity": run_identity(self._inputs),
+            "data": str(self._config.data.resolve()), "attention": self._config.attention,
+            "activation_checkpointing": self._config.activation_checkpointing, "world_size": self._share.world_size,
+            "micro_batch": self._share.micro_batch, "recent_steps": self._guard.recent,
+        }, self._inputs.deepspeed.values, (
+            json.dumps({"step": step, "epochs": epochs.tolist(), "samples": samples.tolist()})
+            for step, start in enumerate(starts, checkpoint.step + 1)
+            for epochs, samples in [order.samples(start, start + batch)]
+        ))  # fmt: skip
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -224,7 +336,10 @@ class Trainer:
 
     def _save(self) -> None:
         self._watch.progress(f"saving step {self._engine.steps}")
-        self._store.save(self._samples_consumed)
+        self._store.save({
+            "samples_consumed": self._samples_consumed, "skipped": [asdict(window) for window in self._skipped],
+            "recent_steps": self._guard.recent,
+        })  # fmt: skip
         self._saved_step = self._engine.steps
 
     def _report_saves(self, *, is_end: bool = False) -> None:
@@ -289,8 +404,21 @@ class Trainer:
             self._console.flush()
 
 
-def run_identity(inputs: Inputs, world_size: int) -> dict[str, Any]:
-    """What must not change when a run is taken up again."""
+def train_step(engine: Engine, micro_batches: list[Layout], num_targets: torch.Tensor, seed: int) -> torch.Tensor:
+    """One optimizer step; returns this rank's sums, which `Trainer._means` adds up over all ranks."""
+    engine.train(True)
+    engine.seed_step(seed)
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+    for layout in micro_batches:
+        losses = engine(layout)
+        engine.backward((losses.ae_sum + losses.par_sum) / num_targets[0])
+        engine.step()
+        sums += _stacked(losses)
+    return torch.cat([sums, num_targets / engine.world_size])
+
+
+def run_identity(inputs: Inputs) -> dict[str, Any]:
+    """What must not change when a run is taken up again; the number of ranks and the ZeRO stage may."""
     return {
         "model": asdict(inputs.model),
         "objective": inputs.config.objective.value,
@@ -299,8 +427,7 @@ def run_identity(inputs: Inputs, world_size: int) -> dict[str, Any]:
         "tokenizer_file": inputs.data.tokenizer.file_name,
         "tokenizer_sha256": inputs.data.tokenizer.sha256,
         "precision": inputs.deepspeed.precision,
-        "zero_stage": inputs.deepspeed.values.get("zero_optimization", {}).get("stage", 0),
-        "world_size": world_size,
+        "train_batch_size": inputs.batch_sizes.train_batch,
     }
 
 

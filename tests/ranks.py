@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 from support import free_port
 
@@ -19,8 +22,9 @@ class Ranks:
     joined each other already (`pretrain.engine.init_distributed`).
     """
 
-    def __init__(self, world_size: int, timeout_s: float = 300) -> None:
-        self._world_size, self._timeout_s = world_size, timeout_s
+    def __init__(self, world_size: int, timeout_s: float = 300, *, is_joined: bool = True) -> None:
+        """Without `is_joined` they have only imported what training needs, for functions that call `in_child`."""
+        self._world_size, self._timeout_s, self._is_joined = world_size, timeout_s, is_joined
         self._ranks: list[tuple[Any, Connection]] = []
 
     def __call__(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -43,7 +47,9 @@ class Ranks:
         context, port = get_context("spawn"), free_port()
         for rank in range(self._world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._world_size, port, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self._world_size, port, there, self._is_joined), daemon=True
+            )
             process.start()
             there.close()
             self._ranks.append((process, here))
@@ -63,14 +69,22 @@ def _answer(connection: Connection) -> str | None:
         return "a rank died"
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, connection: Connection, is_joined: bool) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
-    from pretrain.engine import init_distributed
+    import torch
+    from deepspeed.ops.adam import FusedAdam
 
-    init_distributed()
+    from pretrain import train
+
+    if is_joined:
+        train.init_distributed()
+    else:  # what takes seconds is loaded once, not in each child
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (DeepSpeed's engine does)
+
+        FusedAdam([torch.zeros(1, requires_grad=True)])
     while True:
         function, arguments = connection.recv()
         try:
@@ -78,3 +92,42 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
             connection.send(None)
         except BaseException:
             connection.send(f"rank {rank}: {traceback.format_exc()}")
+
+
+def in_child(function: Callable[..., None], *arguments: Any) -> None:
+    """Call it in a fork, as no process can join ranks of another number after it has had an engine."""
+    child = os.fork()
+    if child:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return
+    status = 1
+    try:
+        function(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def train_tiny(world_size: int, port: int, flags: list[str], model_class: type | None = None) -> None:
+    """A whole run of a tiny model, without dropout and with a record a step; what it says goes to RUN/console.txt, a user's
+    error too. `model_class`: a test's own, with a fault."""
+    from pretrain import train
+    from pretrain.config import check_inputs, make_parser
+
+    os.environ |= {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+    always = [
+        "--model", "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--dropout", "0", "--log_every_steps", "1",
+        "--validate_every_steps", "100", "--validation_samples", "24",
+    ]  # fmt: skip
+    args = make_parser("", "").parse_args([*always, *flags])
+    console = io.StringIO()
+    with mock.patch.object(train, "PMLM", model_class) if model_class else nullcontext():
+        try:
+            train.train(check_inputs(args, world_size), console)
+        except ValueError as error:
+            print(f"error: {error}", file=console)
+    if os.environ["RANK"] == "0":
+        with open(args.run / "console.txt", "a") as file:
+            file.write(console.getvalue())

@@ -125,7 +125,7 @@ def test_batches_ahead_are_those_of_each_step_and_are_built_while_a_step_is_comp
             return super().step(samples_consumed)
 
     ahead = BatchesAhead(
-        Recording(data_set, Objective.AE_PAR, share, seed=5), first, stop, share.train_batch, is_pinned=False
+        Recording(data_set, Objective.AE_PAR, share, seed=5), range(first, stop, share.train_batch), is_pinned=False
     )  # fmt: skip
     found = [ahead.next_step()]
     held_out = ahead.call(validation_batches, data_set, Objective.AE, share, max_samples=4)  # behind what was asked for
@@ -145,7 +145,7 @@ def test_what_the_reading_thread_meets_is_raised_in_the_step_that_needs_it(data_
             return super().step(samples_consumed)
 
     batches = Damaged(data_set, Objective.AE, Share(0, 1, 8, 1), seed=5)
-    ahead = BatchesAhead(batches, 0, 80, 8, is_pinned=False)
+    ahead = BatchesAhead(batches, range(0, 80, 8), is_pinned=False)
     assert len(ahead.next_step()) == 1
     with pytest.raises(ValueError, match="damaged"):
         ahead.next_step()

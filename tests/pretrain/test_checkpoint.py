@@ -91,7 +91,7 @@ def _save_on_a_disk_that_is_filled_and_freed(rank: int, run: Path) -> None:
         if rank == 0 and is_full:
             (run / "other_data").write_bytes(bytes(shutil.disk_usage(run).free - 500_000))
         distributed.barrier()
-        store.save(32 * step)
+        store.save({"samples_consumed": 32 * step})
         failure = store.finish()
         assert bool(failure) == is_full
         saved = store.saved()
@@ -120,7 +120,7 @@ def _save_and_be_slow(rank: int, run: Path) -> None:
         store._engine._engine.global_steps = step
         if rank == 1 and step == 2:
             _lay_a_long_file(run / "checkpoints" / ".tmp-step00000002" / "shards")
-        store.save(32 * step)
+        store.save({"samples_consumed": 32 * step})
         if step == 1:
             assert store.finish() is None
     assert store._saving.is_alive()
@@ -165,5 +165,5 @@ def test_what_is_damaged_and_newer_does_not_push_out_what_is_whole(two_ranks: Ra
 def _save_step_8(rank: int, run: Path) -> None:
     store = _store(run)
     store._engine._engine.global_steps = 8
-    store.save(0)
+    store.save({"samples_consumed": 0})
     assert store.finish() is None
