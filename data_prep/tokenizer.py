@@ -200,10 +200,7 @@ def _is_by_word(model: Any) -> bool:
         and rules.remove_extra_whitespaces
         and rules.escape_whitespaces
         and entries.get(_WORD_START) == kind.NORMAL
-        and not any(_WORD_START in piece[1:] for piece in in_text)
-        and not any(
-            of == kind.USER_DEFINED and (_WORD_START in piece or " " in piece) for piece, of in entries.items()
-        )
+        and not any(_WORD_START in piece[1:] or " " in piece for piece in in_text)
     )
 
 
