@@ -29,6 +29,7 @@ ROLE_PIECES = {
 """The names under which known vocabularies have each special token; the first one that is a special token counts."""
 _REMEDY_JSON = "make it of a vocab.txt: `python -m data_prep import-tokenizer --from vocab.txt --tokenizer OUT.json`"
 _WORD_START = "▁"  # of a SentencePiece entry: what it writes for a space
+_TEXTS_PER_CALL = 2**14  # SentencePiece holds what it makes of them several times over
 _TRAINING_LINE_BYTES = 16_384  # SentencePiece silently drops longer sentences than it was told to expect
 _TRAINING_THREADS = 2  # fixed: sums over threads would make the model depend on the machine
 
@@ -159,7 +160,10 @@ class SentencePiece(Tokenizer):
         """The ids of each text, an Arrow list array."""
         # What `encode(texts, out_type="numpy")` calls, without the array that it makes of each text.
         encode = self._model._processor._EncodeAsBufferBatch  # type: ignore[attr-defined]
-        encoded = [*map(bytes, encode(texts, 1, None, False, -1, 0.1, False, False, False))]
+        encoded: list[bytes] = []
+        for start in range(0, len(texts), _TEXTS_PER_CALL):
+            some = texts[start : start + _TEXTS_PER_CALL]
+            encoded += map(bytes, encode(some, 1, None, False, -1, 0.1, False, False, False))
         ids = np.frombuffer(b"".join(encoded), dtype=np.int32)
         return pa.ListArray.from_arrays(_offsets([len(of_text) // ids.itemsize for of_text in encoded]), ids)
 

@@ -14,6 +14,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceNormalizer, sentencepiece_model_pb2
+from support import assert_ids_of_library
 
 from data_prep.tokenizer import EOS, MASK, PAD, SOS, UNK, Tokenizer, load_tokenizer
 
@@ -93,29 +94,12 @@ def by_word(model: sentencepiece.SentencePieceProcessor, line: str) -> list[int]
     return [i for word in line.split(" ") for i in model.encode(word)]
 
 
-def words_of(model: sentencepiece.SentencePieceProcessor, ids: list[int]) -> list[list[int]]:
-    starts = [place for place, i in enumerate(ids) if model.id_to_piece(i).startswith("▁")]
-    return [ids[start:stop] for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
-
-
-def assert_alike_but_for_ties(model: sentencepiece.SentencePieceProcessor, ids: list[int], line: str) -> None:
-    """The library's segmentation of a whole line may be another where it is no better, but for rounding."""
-    whole = model.encode(line)
-    if ids == whole:
-        return
-    rounding = len(whole) * float(np.spacing(np.float32(sum(map(model.get_score, whole)))))
-    for word, other in zip(words_of(model, ids), words_of(model, whole), strict=True):
-        if word != other:
-            assert model.decode(word) == model.decode(other)
-            assert sum(map(model.get_score, word)) == pytest.approx(sum(map(model.get_score, other)), abs=abs(rounding))
-
-
 @given(line=LINES)
 @settings(max_examples=150, deadline=None)
 def test_a_lines_ids_are_those_of_its_words_and_of_the_library(kind: Tokenizer, line: str) -> None:
     model, ids = library(kind.path), kind.encode([line]).tolist()
     assert ids == by_word(model, line)
-    assert_alike_but_for_ties(model, ids, line)
+    assert_ids_of_library(ids, model, line)
 
 
 def test_real_text(kind: Tokenizer, lines: list[str]) -> None:
@@ -123,7 +107,7 @@ def test_real_text(kind: Tokenizer, lines: list[str]) -> None:
     ids, num_ids = kind.encode_documents([[line] for line in lines])
     assert ids.dtype == np.int32
     for line, of_line in zip(lines, np.split(ids, np.cumsum(num_ids)[:-1]), strict=True):
-        assert_alike_but_for_ties(model, of_line.tolist(), line)
+        assert_ids_of_library(of_line.tolist(), model, line)
 
 
 def test_documents_without_lines_and_lines_without_words(kind: Tokenizer) -> None:
