@@ -6,13 +6,16 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.files import sha256_of_file, write_whole
 
@@ -25,7 +28,8 @@ ROLE_PIECES = {
 }
 """The names under which known vocabularies have each special token; the first one that is a special token counts."""
 _REMEDY_JSON = "make it of a vocab.txt: `python -m data_prep import-tokenizer --from vocab.txt --tokenizer OUT.json`"
-_WORD_START = "▁"  # of a SentencePiece entry
+_WORD_START = "▁"  # of a SentencePiece entry: what it writes for a space
+_TEXTS_PER_CALL = 2**14  # SentencePiece holds what it makes of them several times over
 _TRAINING_LINE_BYTES = 16_384  # SentencePiece silently drops longer sentences than it was told to expect
 _TRAINING_THREADS = 2  # fixed: sums over threads would make the model depend on the machine
 
@@ -70,7 +74,7 @@ class Tokenizer(ABC):
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of the lines of all documents one behind the other, as of `encode`, and how many of each document.
 
-        One call for many documents is faster; hundreds of thousands of characters are many.
+        One call for many documents is faster: millions of characters are many.
         """
 
     @abstractmethod
@@ -108,17 +112,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model, unigram or BPE, whose special tokens are control symbols."""
+    """A SentencePiece model, unigram or BPE, whose special tokens are control symbols.
+
+    Where no entry spans a space, a text's ids are those of its words one behind the other, each encoded by itself. The
+    library, given a whole line, adds up scores over all of it, so rounding may decide otherwise between two segmentations
+    of a word that are equally good.
+    """
 
     file_name = "tokenizer.model"
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        content = path.read_bytes()
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(path.read_bytes())
+            self._model.LoadFromSerializedProto(content)
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
+        self._is_by_word = _is_by_word(sentencepiece_model_pb2.ModelProto.FromString(content))
         self.sha256 = sha256_of_file(path)
         self.vocab_size = self._model.vocab_size()
         self.unk_id = self._model.unk_id()
@@ -134,12 +145,27 @@ class SentencePiece(Tokenizer):
         return token_id if self._model.is_control(token_id) else None
 
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        # What `encode(lines, out_type="numpy")` calls, without the array that it makes of each line.
+        if self._is_by_word:
+            words = pc.split_pattern(pa.array(map(" ".join, documents), pa.large_string(), size=len(documents)), " ")
+            distinct = words.flatten().dictionary_encode()
+            encoded = self._encode_each(distinct.dictionary.to_pylist()).take(distinct.indices)
+            words_before = words.offsets.to_numpy()  # each document
+        else:
+            encoded = self._encode_each(list(chain.from_iterable(documents)))
+            words_before = _offsets([*map(len, documents)])
+        ids_before = encoded.offsets.to_numpy()[words_before].astype(np.int64)
+        return encoded.values.to_numpy(), np.diff(ids_before)
+
+    def _encode_each(self, texts: list[str]) -> Any:
+        """The ids of each text, an Arrow list array."""
+        # What `encode(texts, out_type="numpy")` calls, without the array that it makes of each text.
         encode = self._model._processor._EncodeAsBufferBatch  # type: ignore[attr-defined]
-        of_lines = iter(encode(list(chain.from_iterable(documents)), 1, None, False, -1, 0.1, False, False, False))
-        of_documents = [b"".join(islice(of_lines, len(lines))) for lines in documents]
-        num_ids = np.array([len(ids) // 4 for ids in of_documents], dtype=np.int64)
-        return np.frombuffer(b"".join(of_documents), dtype=np.int32), num_ids
+        encoded: list[bytes] = []
+        for start in range(0, len(texts), _TEXTS_PER_CALL):
+            some = texts[start : start + _TEXTS_PER_CALL]
+            encoded += map(bytes, encode(some, 1, None, False, -1, 0.1, False, False, False))
+        ids = np.frombuffer(b"".join(encoded), dtype=np.int32)
+        return pa.ListArray.from_arrays(_offsets([len(of_text) // ids.itemsize for of_text in encoded]), ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._model.decode([int(i) for i in ids]))
@@ -152,6 +178,34 @@ class SentencePiece(Tokenizer):
 
     def is_word_start(self, token_id: int) -> bool:
         return bool(self._model.is_control(int(token_id))) or self.piece(token_id).startswith(_WORD_START)
+
+
+def _offsets(lengths: Sequence[int]) -> np.ndarray:
+    """Where each of things of these lengths begins that lie one behind the other, and where the last ends."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _is_by_word(model: Any) -> bool:
+    """Whether the ids of a text are those of what stands between its spaces.
+
+    So it is if every space begins an entry and neither an entry, a rule of normalisation nor a run of unknown characters,
+    which becomes one id, goes on behind one.
+    """
+    kind, rules = sentencepiece_model_pb2.ModelProto.SentencePiece, model.normalizer_spec
+    entries = {entry.piece: entry.type for entry in model.pieces}
+    in_text = {piece for piece, of in entries.items() if of not in (kind.CONTROL, kind.UNKNOWN)}
+    return (
+        model.trainer_spec.model_type != model.trainer_spec.WORD
+        and not model.trainer_spec.treat_whitespace_as_suffix
+        and rules.name in ("nmt_nfkc", "nmt_nfkc_cf")  # no rule of theirs has a space in what it replaces
+        and rules.add_dummy_prefix
+        and rules.remove_extra_whitespaces
+        and rules.escape_whitespaces
+        and entries.get(_WORD_START) == kind.NORMAL
+        and not any(_WORD_START in piece[1:] or " " in piece for piece in in_text)
+    )
 
 
 class WordPiece(Tokenizer):

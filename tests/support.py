@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 
 from data_prep.files import write_manifest
 from data_prep.masking import draw_masks
@@ -125,6 +126,22 @@ def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 300) ->
     outputs = [rank.communicate(timeout=timeout_s) for rank in ranks]
     status = max(abs(rank.returncode) for rank in ranks)
     return subprocess.CompletedProcess(command, status, *("".join(o[i] for o in outputs) for i in (0, 1)))
+
+
+def assert_ids_of_library(ids: list[int], model: sentencepiece.SentencePieceProcessor, line: str) -> None:
+    """The ids are those of SentencePiece for the line, but where it segments a word otherwise and, but for rounding, as well."""
+    whole = model.encode(line)
+    if ids == whole:
+        return
+    rounding = len(whole) * abs(float(np.spacing(np.float32(sum(map(model.get_score, whole))))))
+    for word, other in zip(_words_of(ids, model), _words_of(whole, model), strict=True):
+        assert model.decode(word) == model.decode(other)
+        assert abs(sum(map(model.get_score, word)) - sum(map(model.get_score, other))) <= rounding
+
+
+def _words_of(ids: list[int], model: sentencepiece.SentencePieceProcessor) -> list[list[int]]:
+    starts = [place for place, i in enumerate(ids) if model.id_to_piece(i).startswith("▁")]
+    return [ids[start:stop] for start, stop in zip([0, *starts], [*starts, len(ids)], strict=True)]
 
 
 def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
