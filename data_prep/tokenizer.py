@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.files import sha256_of_file, write_whole
+from data_prep.words import IdsOfWords
 
 PAD, UNK, SOS, EOS, MASK = "[PAD]", "[UNK]", "[SOS]", "[EOS]", "[MASK]"
 ROLE_PIECES = {
@@ -129,7 +128,8 @@ class SentencePiece(Tokenizer):
             self._model.LoadFromSerializedProto(content)
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
-        self._is_by_word = _is_by_word(sentencepiece_model_pb2.ModelProto.FromString(content))
+        is_by_word = _is_by_word(sentencepiece_model_pb2.ModelProto.FromString(content))
+        self._ids_of_words = IdsOfWords(self._encode_each) if is_by_word else None
         self.sha256 = sha256_of_file(path)
         self.vocab_size = self._model.vocab_size()
         self.unk_id = self._model.unk_id()
@@ -145,19 +145,14 @@ class SentencePiece(Tokenizer):
         return token_id if self._model.is_control(token_id) else None
 
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        if self._is_by_word:
-            words = pc.split_pattern(pa.array(map(" ".join, documents), pa.large_string(), size=len(documents)), " ")
-            distinct = words.flatten().dictionary_encode()
-            encoded = self._encode_each(distinct.dictionary.to_pylist()).take(distinct.indices)
-            words_before = words.offsets.to_numpy()  # each document
-        else:
-            encoded = self._encode_each(list(chain.from_iterable(documents)))
-            words_before = _offsets([*map(len, documents)])
-        ids_before = encoded.offsets.to_numpy()[words_before].astype(np.int64)
-        return encoded.values.to_numpy(), np.diff(ids_before)
+        if self._ids_of_words:
+            return self._ids_of_words([" ".join(lines) for lines in documents])
+        ids, num_ids = self._encode_each(list(chain.from_iterable(documents)))
+        lines_before = np.cumsum([0, *map(len, documents)])
+        return ids, np.diff(np.concatenate([[0], np.cumsum(num_ids)])[lines_before])
 
-    def _encode_each(self, texts: list[str]) -> Any:
-        """The ids of each text, an Arrow list array."""
+    def _encode_each(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the texts one behind the other, and how many of each."""
         # What `encode(texts, out_type="numpy")` calls, without the array that it makes of each text.
         encode = self._model._processor._EncodeAsBufferBatch  # type: ignore[attr-defined]
         encoded: list[bytes] = []
@@ -165,7 +160,7 @@ class SentencePiece(Tokenizer):
             some = texts[start : start + _TEXTS_PER_CALL]
             encoded += map(bytes, encode(some, 1, None, False, -1, 0.1, False, False, False))
         ids = np.frombuffer(b"".join(encoded), dtype=np.int32)
-        return pa.ListArray.from_arrays(_offsets([len(of_text) // ids.itemsize for of_text in encoded]), ids)
+        return ids, np.array([len(of_text) // ids.itemsize for of_text in encoded], dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._model.decode([int(i) for i in ids]))
@@ -178,13 +173,6 @@ class SentencePiece(Tokenizer):
 
     def is_word_start(self, token_id: int) -> bool:
         return bool(self._model.is_control(int(token_id))) or self.piece(token_id).startswith(_WORD_START)
-
-
-def _offsets(lengths: Sequence[int]) -> np.ndarray:
-    """Where each of things of these lengths begins that lie one behind the other, and where the last ends."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 def _is_by_word(model: Any) -> bool:

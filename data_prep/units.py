@@ -23,7 +23,7 @@ from data_prep.shards import SPLITS, Split, token_dtype
 from data_prep.tokenizer import Tokenizer
 
 _LENGTH = "documents_of_tokens_"
-_GROUP_CHARACTERS = 2**22  # encoded in one call, each distinct word once
+_GROUP_CHARACTERS = 2**20  # encoded in one call
 
 
 def tokenize(

@@ -1,0 +1,159 @@
+"""The ids of words, each encoded once and remembered.
+
+A corpus has few distinct words for its length, and looking one up in a table costs a tenth of encoding it. The table is
+bounded: when it is full, it is begun anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import pyarrow as pa
+
+from data_prep.draws import word_of
+
+_REMEMBERED_WORDS = 1 << 20
+_REMEMBERED_BYTES = 1 << 24
+_LEAST_ROOM_BYTES = 1 << 21
+_SPACE = 0x20
+
+
+class IdsOfWords:
+    """Ids of texts as those of what stands between their spaces."""
+
+    def __init__(self, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]) -> None:
+        """`encode`: of each word the ids, one behind the other, and how many of each."""
+        self._encode = encode
+        self._num_words, self._capacity = 0, -1
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts one behind the other, int32, and how many of each."""
+        encoded = [text.encode() for text in texts]
+        edges = np.zeros(len(texts) + 1, dtype=np.int64)
+        np.cumsum([len(text) for text in encoded], out=edges[1:])
+        content = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        if not self._has_room(len(content)):
+            self._begin_anew(len(content))
+        numbers = np.empty(len(content) // 2 + len(texts), dtype=np.int32)
+        words_before = np.zeros(len(texts) + 1, dtype=np.int64)
+        num_known = self._num_words
+        self._num_words = _number_words(
+            content, edges, self._slots, self._hashes, self._content, self._edges, num_known, numbers, words_before
+        )
+        self._encode_from(num_known)
+        numbers = numbers[: words_before[-1]]
+        ids_before = np.zeros(len(texts) + 1, dtype=np.int64)
+        num_ids = _count_ids(numbers, words_before, self._id_edges, ids_before)
+        ids = np.empty(num_ids, dtype=np.int32)
+        _look_up(numbers, self._ids, self._id_edges, ids)
+        return ids, np.diff(ids_before)
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """For a text of so many bytes, each second of them a new word; what is not touched takes no memory."""
+        if (
+            self._capacity < 0
+            or self._num_words > _REMEMBERED_WORDS
+            or self._edges[self._num_words] > _REMEMBERED_BYTES
+        ):
+            return False
+        return self._capacity >= num_bytes
+
+    def _begin_anew(self, num_bytes: int) -> None:
+        self._capacity = max(num_bytes, self._capacity, _LEAST_ROOM_BYTES)
+        num_words = _REMEMBERED_WORDS + self._capacity // 2 + 2
+        self._slots = np.zeros(1 << (2 * num_words - 1).bit_length(), dtype=np.int32)
+        self._hashes = np.empty(num_words, dtype=np.uint64)
+        self._content = np.empty(_REMEMBERED_BYTES + self._capacity, dtype=np.uint8)
+        self._edges, self._id_edges = (np.zeros(num_words + 1, dtype=np.int64) for _ in range(2))
+        self._ids = np.empty(1 << 16, dtype=np.int32)
+        self._num_words = 0
+
+    def _encode_from(self, first: int) -> None:
+        stop = self._num_words
+        if first == stop:
+            return
+        start_byte, edges = self._edges[first], self._edges[first : stop + 1]
+        words = pa.LargeStringArray.from_buffers(
+            stop - first, pa.py_buffer(edges - start_byte), pa.py_buffer(self._content[start_byte : edges[-1]])
+        )
+        ids, num_ids = self._encode(words.to_pylist())
+        np.cumsum(num_ids, out=self._id_edges[first + 1 : stop + 1])
+        self._id_edges[first + 1 : stop + 1] += self._id_edges[first]
+        if self._id_edges[stop] > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty(self._id_edges[stop], dtype=np.int32)])
+        self._ids[self._id_edges[first] : self._id_edges[stop]] = ids
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _number_words(
+    content: np.ndarray, text_edges: np.ndarray, slots: np.ndarray, hashes: np.ndarray, known: np.ndarray, edges: np.ndarray,
+    num_words: int, numbers: np.ndarray, words_before: np.ndarray,
+) -> int:  # fmt: skip
+    """Write each word's number, and enter new words into the table; returns how many words are known now.
+
+    A slot holds a word's number + 1, or 0; a word's slot is the first free one from its hash on.
+    """
+    mask, place = len(slots) - 1, 0
+    for text in range(len(text_edges) - 1):
+        start, stop = text_edges[text], text_edges[text + 1]
+        while start < stop:
+            hashed: Any = np.uint64(0xCBF29CE484222325)
+            end = start
+            while end < stop and content[end] != _SPACE:
+                hashed = (hashed ^ np.uint64(content[end])) * np.uint64(0x100000001B3)  # FNV-1a
+                end += 1
+            if end > start:
+                hashed = word_of(hashed, end - start)
+                slot = np.int64(hashed & np.uint64(mask))
+                while True:
+                    number = slots[slot] - 1
+                    if number < 0 or (
+                        hashes[number] == hashed
+                        and _is_equal(content, start, end, known, edges[number], edges[number + 1])
+                    ):
+                        break
+                    slot = (slot + 1) & mask
+                if number < 0:
+                    number = num_words
+                    slots[slot], hashes[number] = number + 1, hashed
+                    first = edges[number]
+                    known[first : first + end - start] = content[start:end]
+                    edges[number + 1] = first + end - start
+                    num_words += 1
+                numbers[place] = number
+                place += 1
+            start = end + 1
+        words_before[text + 1] = place
+    return num_words
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _is_equal(a: np.ndarray, start: int, stop: int, b: np.ndarray, first: int, last: int) -> bool:
+    if stop - start != last - first:
+        return False
+    for index in range(stop - start):  # noqa: SIM110 - compiled
+        if a[start + index] != b[first + index]:
+            return False
+    return True
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _count_ids(numbers: np.ndarray, words_before: np.ndarray, id_edges: np.ndarray, ids_before: np.ndarray) -> int:
+    count = 0
+    for text in range(len(words_before) - 1):
+        for word in range(words_before[text], words_before[text + 1]):
+            count += id_edges[numbers[word] + 1] - id_edges[numbers[word]]
+        ids_before[text + 1] = count
+    return count
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _look_up(numbers: np.ndarray, known: np.ndarray, id_edges: np.ndarray, ids: np.ndarray) -> None:
+    place = 0
+    for number in numbers:
+        for index in range(id_edges[number], id_edges[number + 1]):
+            ids[place] = known[index]
+            place += 1
