@@ -22,6 +22,7 @@ _SILENCE_LIMIT_S = 45.0  # of a process that does not even beat: stopped, or on 
 _SHORT_SILENCE_TICKS = 3  # enough where a collective has failed already
 _LAST_WORDS_S = 20.0
 _STORE_KEEPER = 0
+_DONE = "done"
 
 
 class RankLost(Exception):
@@ -39,6 +40,10 @@ class _Beat:
     doing: str
     ended: str = ""
     """Why it leaves; empty while it runs."""
+
+    @property
+    def has_failed(self) -> bool:
+        return self.ended not in ("", _DONE)
 
 
 class Watch:
@@ -64,7 +69,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._leave(f"{kind.__name__}: {next(iter(str(error).splitlines()), '')}" if kind else "done")
+        self._leave(f"{kind.__name__}: {next(iter(str(error).splitlines()), '')}" if kind else _DONE)
 
     def progress(self, doing: str) -> None:
         """Something was brought to its end, and `doing` begins."""
@@ -74,10 +79,9 @@ class Watch:
     def lost_rank(self) -> str | None:
         """After a collective failed: which rank is gone, in words; waits some seconds to find out."""
         for _ in range(_SHORT_SILENCE_TICKS + 3):
-            if self._is_store_gone or max(self._silent_ticks) >= _SHORT_SILENCE_TICKS:
+            has_failed = any(beat.has_failed for beat in self._beats)
+            if has_failed or self._is_store_gone or max(self._silent_ticks) >= _SHORT_SILENCE_TICKS:
                 return self._name_silent(_SHORT_SILENCE_TICKS)
-            if ended := [f"rank {r} ended: {beat.ended}" for r, beat in enumerate(self._beats) if beat.ended]:
-                return "; ".join(ended)
             time.sleep(_TICK_S)
         return None
 
@@ -102,7 +106,7 @@ class Watch:
         while not self._has_ended.wait(_TICK_S):
             beats = self._beats
             for rank, beat in enumerate(beats):
-                is_silent = beat.count == counts[rank] and not beat.ended
+                is_silent = beat.count == counts[rank] and beat.ended != _DONE
                 self._silent_ticks[rank] = self._silent_ticks[rank] + 1 if is_silent else 0
             counts = [beat.count for beat in beats]
             self._still_ticks += 1
@@ -114,6 +118,8 @@ class Watch:
                 self._end(self._name_slowest())
 
     def _name_silent(self, limit_ticks: int) -> str:
+        if left := [f"rank {r} ended: {beat.ended}" for r, beat in enumerate(self._beats) if beat.has_failed]:
+            return "; ".join(left)
         if self._is_store_gone or self._silent_ticks[self._rank] > limit_ticks // 2:  # no answer to our own beat
             return f"rank {_STORE_KEEPER} or its launcher, which keeps the ranks' store, is gone or stands still"
         silent = [r for r, ticks in enumerate(self._silent_ticks) if ticks >= limit_ticks]
@@ -147,6 +153,8 @@ class Watch:
             self._send(words)
         except RuntimeError:
             self._is_store_gone = True
+        if self._rank == _STORE_KEEPER and words != _DONE:  # the store goes with it; the others are to read the words
+            time.sleep(_SHORT_SILENCE_TICKS * _TICK_S)
 
 
 def _key(rank: int) -> str:
