@@ -282,6 +282,15 @@ _SAVES_ALL = (TERM, USR1, INTERRUPT, LAUNCHER)
 _DAMAGES = (TRUNCATED, FLIPPED, MISSING)
 
 
+def settle(faults: Sequence[Fault]) -> None:
+    """A start that was killed before it had a record resumed nothing and trained nothing: the fault before it was resumed
+    from by the start behind both."""
+    for before, after in reversed(list(pairwise(faults))):
+        if before.resumed_step < 0 and after.kind == STARTING:
+            before.resumed_step = after.resumed_step
+            after.step = min(after.step, after.resumed_step)
+
+
 class Chaos:
     """Hits a run, a fault at a time."""
 
@@ -505,9 +514,10 @@ def _run(args: Any) -> int:
                 broken.append(f"{name} run: {error}")
             records = [read_records(r.folder) for r in (reference, run)]
             broken += [f"{name} run: {d}" for d in differences(*records, rounding=0.0 if is_exact else _ROUNDING)]
+            settle(chaos.faults)
             faults += chaos.faults
     broken += [f"{fault.kind}, at step {fault.step}: {line}" for fault in faults for line in fault.broken]
-    broken += [f"{f.kind}, at step {f.step}: not resumed" for f in faults if f.resumed_step < 0 and f.kind != STARTING]
+    broken += [f"{f.kind}, at step {f.step}: not resumed" for f in faults if f.resumed_step < 0]
     args.output.mkdir(parents=True, exist_ok=True)
     write_json(args.output / "chaos.json", {
         "setting": {"faults": args.faults, "seed": args.seed, "steps": steps, "rounded_steps": rounded_steps,

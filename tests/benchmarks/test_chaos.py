@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos import ALL, BATCH, TERM, Fault, differences, table
+from benchmarks.chaos import ALL, BATCH, STARTING, TERM, Fault, differences, settle, table
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -57,3 +57,9 @@ def test_the_table_counts_what_was_resumed() -> None:
     faults = [Fault(TERM, 8, 8, 1.0), Fault(ALL, 7, 4, 0.25), Fault(ALL, 5, 4, 0.75), Fault(ALL, 5, -1)]
     lines = table(faults)
     assert lines[2:] == [f"| {ALL} | 3 | 2 | 2.0 | 0.3 (0.8) |", f"| {TERM} | 1 | 1 | 0.0 | 1.0 (1.0) |"]
+
+
+def test_a_start_that_was_killed_at_once_leaves_the_fault_before_it_to_the_next() -> None:
+    faults = [Fault(ALL, 7, -1), Fault(STARTING, 7, -1), Fault(STARTING, 7, 4), Fault(ALL, 9, 8), Fault(ALL, 9, -1)]
+    settle(faults)
+    assert [(f.step, f.resumed_step) for f in faults] == [(7, 4), (4, 4), (4, 4), (9, 8), (9, -1)]
