@@ -158,7 +158,8 @@ def _rules(charsmap: bytes) -> dict[str, str]:
     bases = np.arange(len(units), dtype=np.uint32) ^ (units >> 10 << ((units & 0x200) >> 6))
     labels = np.arange(1, 256, dtype=np.uint32)
     rules: dict[str, str] = {}
-    nodes, keys = np.zeros(1, dtype=np.uint32), np.zeros((1, 0), dtype=np.uint8)
+    nodes: np.ndarray = np.zeros(1, dtype=np.uint32)
+    keys: np.ndarray = np.zeros((1, 0), dtype=np.uint8)
     while len(nodes):
         is_leaf = (units[nodes] >> 8 & 1).astype(bool)
         starts = (units[bases[nodes[is_leaf]]] & 0x7FFFFFFF).tolist()

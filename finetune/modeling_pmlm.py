@@ -14,7 +14,7 @@ Shapes: B texts of L tokens, H hidden size, A heads, D = H / A.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
 )
 
 
-class PMLMConfig(PretrainedConfig):
+class PMLMConfig(PretrainedConfig):  # type: ignore[misc]
     """The numbers of a model, named as BERT's and UniLM's; the defaults are base."""
 
     model_type = "pmlm"
@@ -83,9 +83,8 @@ class _Embeddings(nn.Module):
             raise ValueError(f"a text has {length} tokens, and the model {len(table)} positions; truncate it")
         if token_type_ids_BL is None:
             token_type_ids_BL = torch.zeros(vectors_BLH.shape[:2], dtype=torch.long, device=vectors_BLH.device)
-        return self.dropout(
-            self.LayerNorm(vectors_BLH + table[:length] + self.token_type_embeddings(token_type_ids_BL))
-        )
+        vectors_BLH = vectors_BLH + table[:length] + self.token_type_embeddings(token_type_ids_BL)
+        return self.dropout(self.LayerNorm(vectors_BLH))  # type: ignore[no-any-return]
 
 
 class _RelativePositionBias(nn.Module):
@@ -137,7 +136,7 @@ class _AddAndNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, vectors: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(vectors)) + residual)
+        return self.LayerNorm(self.dropout(self.dense(vectors)) + residual)  # type: ignore[no-any-return]
 
 
 class _Attention(nn.Module):
@@ -162,7 +161,7 @@ class _Layer(nn.Module):
 
     def forward(self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None) -> torch.Tensor:
         attended_BLH = self.attention.output(self.attention.self(hidden_BLH, bias_BALL), hidden_BLH)
-        return self.output(F.gelu(self.intermediate.dense(attended_BLH)), attended_BLH)
+        return self.output(F.gelu(self.intermediate.dense(attended_BLH)), attended_BLH)  # type: ignore[no-any-return]
 
 
 class _Encoder(nn.Module):
@@ -205,7 +204,7 @@ class _Transform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(F.gelu(self.dense(vectors)))
+        return self.LayerNorm(F.gelu(self.dense(vectors)))  # type: ignore[no-any-return]
 
 
 class _Predictions(nn.Module):
@@ -216,7 +215,7 @@ class _Predictions(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.transform(vectors)) + self.bias
+        return self.decoder(self.transform(vectors)) + self.bias  # type: ignore[no-any-return]
 
 
 class _Heads(nn.Module):
@@ -225,13 +224,13 @@ class _Heads(nn.Module):
         self.predictions = _Predictions(config)
 
 
-class PMLMPreTrainedModel(PreTrainedModel):
+class PMLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """What the models below share."""
 
     config_class = PMLMConfig
     base_model_prefix = "bert"
     _supports_sdpa = True
-    _no_split_modules = ["_Layer"]
+    _no_split_modules: ClassVar[list[str]] = ["_Layer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding, _RelativePositionBias)):
@@ -258,7 +257,7 @@ class PMLMModel(PMLMPreTrainedModel):
         """The word embeddings."""
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the word embeddings."""
         self.embeddings.word_embeddings = value
 
@@ -296,7 +295,9 @@ def _as_tuple(model: PreTrainedModel, return_dict: bool | None) -> bool:
 class PMLMForMaskedLM(PMLMPreTrainedModel):
     """Predicts the tokens behind [MASK]; labels of -100 do not count."""
 
-    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
+    }
 
     def __init__(self, config: PMLMConfig) -> None:
         super().__init__(config)
@@ -308,7 +309,7 @@ class PMLMForMaskedLM(PMLMPreTrainedModel):
         """The output embedding, which is the word embedding."""
         return self.cls.predictions.decoder
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the output embedding."""
         self.cls.predictions.decoder = value
 
