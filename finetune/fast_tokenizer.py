@@ -77,7 +77,7 @@ def _sentence_piece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
         fast = tokenizers.Tokenizer(models.BPE(ids, _merges(model), unk_token=unknown, fuse_unk=True))
     letters = set("".join(entry.piece for entry in model.pieces if entry.type == _Piece.NORMAL))
     fast.normalizer = _normalizer(model.normalizer_spec.precompiled_charsmap, letters)
-    fast.pre_tokenizer = pre_tokenizers.Split(_SPACE, "merged_with_next")
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first")  # not behind a [MASK]
     fast.decoder = decoders.Metaspace(_SPACE, prepend_scheme="always")
     control = [entry.piece for entry in model.pieces if entry.type == _Piece.CONTROL]
     fast.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
@@ -121,7 +121,7 @@ def _merges(model: Any) -> list[tuple[str, str]]:
 
 
 def _normalizer(charsmap: bytes, letters: set[str]) -> normalizers.Normalizer:
-    """What SentencePiece makes of a text, spaces as ▁ and one before the first word; `letters` are those of the entries."""
+    """What SentencePiece makes of a text, but for the ▁; `letters` are those of the entries."""
     rules = _rules(charsmap)
     sequences = {key: value for key, value in rules.items() if len(key) > 1}
     if any(character in rules for value in sequences.values() for character in value):
@@ -144,9 +144,9 @@ def _normalizer(charsmap: bytes, letters: set[str]) -> normalizers.Normalizer:
         *(normalizers.Replace(Regex(apart(_pattern(keys))), value) for value, keys in sorted(known.items())),
         *([normalizers.Replace(Regex(apart(_pattern(unknown))), sequences[unknown[0]])] if unknown else []),
         normalizers.Precompiled(charsmap),
-        normalizers.Replace(Regex(r"\A +| +\z"), ""),
-        normalizers.Replace(Regex(" +"), _SPACE),
-        normalizers.Prepend(_SPACE),
+        normalizers.Replace(Regex(r" +\z"), ""),
+        normalizers.Replace(Regex(rf"\A{_SPACE}"), 2 * _SPACE),  # which Metaspace would take for the space it writes itself
+        normalizers.Replace(Regex(" +"), " "),
     ])  # fmt: skip
 
 
