@@ -120,6 +120,8 @@ class SentencePiece(Tokenizer):
     """
 
     file_name = "tokenizer.model"
+    is_by_word: bool
+    """Whether no entry spans a space, and ids are those of the words."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,7 +131,7 @@ class SentencePiece(Tokenizer):
             self._model.LoadFromSerializedProto(content)
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
-        self._is_by_word = _is_by_word(sentencepiece_model_pb2.ModelProto.FromString(content))
+        self.is_by_word = _is_by_word(sentencepiece_model_pb2.ModelProto.FromString(content))
         self.sha256 = sha256_of_file(path)
         self.vocab_size = self._model.vocab_size()
         self.unk_id = self._model.unk_id()
@@ -145,7 +147,7 @@ class SentencePiece(Tokenizer):
         return token_id if self._model.is_control(token_id) else None
 
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        if self._is_by_word:
+        if self.is_by_word:
             words = pc.split_pattern(pa.array(map(" ".join, documents), pa.large_string(), size=len(documents)), " ")
             distinct = words.flatten().dictionary_encode()
             encoded = self._encode_each(distinct.dictionary.to_pylist()).take(distinct.indices)

@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from data_prep.tokenizer import SentencePiece, Tokenizer
 
 _SPACE = "▁"
-_APART = "\x01"  # removed by the rules nmt_nfkc and nmt_nfkc_cf
+_APART, _REST = "\x01", "\x02"  # removed by the rules nmt_nfkc and nmt_nfkc_cf
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 _Trainer = sentencepiece_model_pb2.TrainerSpec
 
@@ -85,26 +85,18 @@ def _sentence_piece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
 
 
 def _refuse_unlike(tokenizer: SentencePiece, model: Any) -> None:
-    rules, trainer = model.normalizer_spec, model.trainer_spec
-    kinds = {entry.piece: entry.type for entry in model.pieces}
-    ordinary = (_Piece.NORMAL, _Piece.CONTROL, _Piece.UNKNOWN)
-    spanning = [piece for piece, kind in kinds.items() if kind == _Piece.NORMAL and _SPACE in piece[1:]]
-    odd = [piece for piece, kind in kinds.items() if kind not in ordinary]
+    odd = [entry.piece for entry in model.pieces if entry.type not in (_Piece.NORMAL, _Piece.CONTROL, _Piece.UNKNOWN)]
     faults = [
         fault for is_fault, fault in (
-            (trainer.model_type not in (_Trainer.UNIGRAM, _Trainer.BPE), "is neither unigram nor BPE"),
-            (rules.name not in ("nmt_nfkc", "nmt_nfkc_cf"), f"normalises by {rules.name!r}, expected nmt_nfkc or nmt_nfkc_cf"),
-            (not (rules.add_dummy_prefix and rules.remove_extra_whitespaces and rules.escape_whitespaces)
-             or trainer.treat_whitespace_as_suffix, "does not mark the beginnings of words"),
-            (kinds.get(_SPACE) != _Piece.NORMAL, f"has no entry {_SPACE}"),
-            (bool(spanning), f"has entries that span spaces, as {spanning[:1]}"),
+            (model.trainer_spec.model_type not in (_Trainer.UNIGRAM, _Trainer.BPE), "is neither unigram nor BPE"),
+            (not tokenizer.is_by_word, "has entries or rules of normalisation that span words"),
             (bool(odd), f"has user-defined, unused or byte entries, as {odd[:1]}"),
         ) if is_fault
     ]  # fmt: skip
     if faults:
         raise ValueError(
-            f"{tokenizer.path}: transformers cannot be made to give its ids, as it {' and '.join(faults)}; the rest of the model can "
-            "be converted --to unilm"
+            f"{tokenizer.path}: transformers cannot be made to give its ids, as it {' and '.join(faults)}; "
+            "the model can be converted --to pmlm or --to unilm"
         )
 
 
@@ -124,25 +116,28 @@ def _normalizer(charsmap: bytes, letters: set[str]) -> normalizers.Normalizer:
     """What SentencePiece makes of a text, but for the ▁; `letters` are those of the entries."""
     rules = _rules(charsmap)
     sequences = {key: value for key, value in rules.items() if len(key) > 1}
-    if any(character in rules for value in sequences.values() for character in value):
-        raise ValueError("rules of normalisation that apply to what others made are not supported")  # nmt's have none
-    if any(key[1].isascii() for key in sequences):
-        raise ValueError("rules of normalisation for a letter and an ASCII character are not supported")  # likewise
-    anywhere, ascii = _pattern(sequences), r"[\x00-\x7F]"
+    if any(
+        ord(min(key[1:])) < 0x80 or any(character in rules for character in value) for key, value in sequences.items()
+    ):
+        raise ValueError("its rules of normalisation are not those of nmt_nfkc or nmt_nfkc_cf, whatever their name")
     known, unknown = defaultdict(list), []
     for key, value in sequences.items():
         if set(value) & letters:
             known[value].append(key)
         else:
             unknown.append(key)
-    apart = r"(?<![^\x01]){}(?=\x01)".format
+    joined = [(keys, value) for value, keys in sorted(known.items())] + [(unknown, sequences[min(unknown)])] * bool(
+        unknown
+    )
     blank = "".join(re.escape(key) for key, value in rules.items() if len(key) == 1 and not value.strip(" "))
+    ascii, other, sequence = r"[\x00-\x7F]", r"[^\x00-\x7F]", _pattern(sequences)
     return normalizers.Sequence([
-        # SentencePiece drops what it writes for spaces at a word's end, also where the text has it
+        # SentencePiece drops what it writes for spaces at a word's end, also where the text has it.
         normalizers.Replace(Regex(rf"{_SPACE}[{_SPACE}{blank}]*(?= |\z)"), ""),
-        normalizers.Replace(Regex(rf"(?!{ascii}{{3}}|{ascii}{{1,2}}\z)(?:{anywhere}|{ascii}(?={ascii}?[^\x00-\x7F])|[^\x00-\x7F])\K"), _APART),
-        *(normalizers.Replace(Regex(apart(_pattern(keys))), value) for value, keys in sorted(known.items())),
-        *([normalizers.Replace(Regex(apart(_pattern(unknown))), sequences[unknown[0]])] if unknown else []),
+        normalizers.Replace(Regex(rf"(?!{ascii}{{3}}|{ascii}{{1,2}}\z)(?:{sequence}|{ascii}(?={ascii}?{other})|{other})\K"), _APART),
+        # First a sequence's first character is replaced, then the rest removed, so that offsets are those of the first.
+        *(normalizers.Replace(Regex(_pattern(keys, of_first=True)), value + _REST) for keys, value in joined),
+        normalizers.Replace(Regex(rf"{_REST}{other}+(?={_APART})"), ""),
         normalizers.Precompiled(charsmap),
         normalizers.Replace(Regex(r" +\z"), ""),
         normalizers.Replace(Regex(rf"\A{_SPACE}"), 2 * _SPACE),  # which Metaspace would take for the space it writes itself
@@ -156,7 +151,12 @@ def _rules(charsmap: bytes) -> dict[str, str]:
     size = int(struct.unpack_from("<I", charsmap)[0])
     units, replacements = np.frombuffer(charsmap, "<u4", size // 4, 4), charsmap[4 + size :]
     bases = np.arange(len(units), dtype=np.uint32) ^ (units >> 10 << ((units & 0x200) >> 6))
-    labels = np.arange(1, 256, dtype=np.uint32)
+    children = bases[:, None] ^ np.arange(1, 256, dtype=np.uint32)
+    is_there = children < len(units)
+    is_there &= units[np.where(is_there, children, 0)] & 0x800000FF == np.arange(1, 256)
+    children, labels = children[is_there], (np.nonzero(is_there)[1] + 1).astype(np.uint8)
+    num_children = is_there.sum(axis=1)
+    first_child = np.cumsum(num_children) - num_children
     rules: dict[str, str] = {}
     nodes: np.ndarray = np.zeros(1, dtype=np.uint32)
     keys: np.ndarray = np.zeros((1, 0), dtype=np.uint8)
@@ -165,31 +165,33 @@ def _rules(charsmap: bytes) -> dict[str, str]:
         starts = (units[bases[nodes[is_leaf]]] & 0x7FFFFFFF).tolist()
         for key, start in zip(map(bytes, keys[is_leaf]), starts, strict=True):
             rules[key.decode()] = replacements[start : replacements.index(b"\0", start)].decode()
-        children = bases[nodes][:, None] ^ labels
-        is_there = children < len(units)
-        is_there &= units[np.where(is_there, children, 0)] & 0x800000FF == labels
-        parents, label_places = np.nonzero(is_there)
-        keys = np.column_stack([keys[parents], labels[label_places].astype(np.uint8)])
-        nodes = children[is_there]
+        counts = num_children[nodes]
+        nth_child = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        of_nodes = np.repeat(first_child[nodes], counts) + nth_child
+        keys = np.column_stack([np.repeat(keys, counts, axis=0), labels[of_nodes]])
+        nodes = children[of_nodes]
     return rules
 
 
-def _pattern(sequences: Iterable[str]) -> str:
-    """A regular expression of any of them, the longest first, with what they share written once."""
+def _pattern(sequences: Iterable[str], *, of_first: bool = False) -> str:
+    """A regular expression of any of them, the longest first, with what they share written once.
+
+    `of_first`: of the first character of one that is set apart.
+    """
     trie: dict[str, Any] = {}
     for sequence in sequences:
         node = trie
         for character in sequence:
             node = node.setdefault(character, {})
         node[""] = {}
-    return _branches(trie)
+    return rf"(?<![^{_APART}]){_branches(trie, '(?={}' + _APART + ')')}" if of_first else _branches(trie)
 
 
-def _branches(trie: dict[str, Any]) -> str:
+def _branches(trie: dict[str, Any], rest_format: str = "{}") -> str:
     by_rest: dict[str, list[str]] = defaultdict(list)
     for character, rest in trie.items():
         if character:
-            by_rest[_branches(rest)].append(character)
+            by_rest[rest_format.format(_branches(rest))].append(character)
     if not by_rest:
         return ""
     parts = [
