@@ -119,6 +119,8 @@ class SentencePiece(Tokenizer):
     """
 
     file_name = "tokenizer.model"
+    is_by_word: bool
+    """Whether no entry spans a space, and ids are those of the words."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -128,8 +130,8 @@ class SentencePiece(Tokenizer):
             self._model.LoadFromSerializedProto(content)
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
-        is_by_word = _is_by_word(sentencepiece_model_pb2.ModelProto.FromString(content))
-        self._ids_of_words = IdsOfWords(self._encode_each) if is_by_word else None
+        self.is_by_word = _is_by_word(sentencepiece_model_pb2.ModelProto.FromString(content))
+        self._ids_of_words = IdsOfWords(self._encode_each)
         self.sha256 = sha256_of_file(path)
         self.vocab_size = self._model.vocab_size()
         self.unk_id = self._model.unk_id()
@@ -145,7 +147,7 @@ class SentencePiece(Tokenizer):
         return token_id if self._model.is_control(token_id) else None
 
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        if self._ids_of_words:
+        if self.is_by_word:
             return self._ids_of_words([" ".join(lines) for lines in documents])
         ids, num_ids = self._encode_each(list(chain.from_iterable(documents)))
         lines_before = np.cumsum([0, *map(len, documents)])

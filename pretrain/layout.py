@@ -33,10 +33,10 @@ P masked tokens and S = L + 2P slots of the longest sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -202,6 +202,48 @@ def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: i
         targets_T=torch.from_numpy(batch.tokens_BL[sample_T, position_T]),
         ae_places_T=places["ae"],
         par_places_T=places["par"],
+    )
+
+
+def encoder_layout(
+    ids: Sequence[Sequence[int]], segments: Sequence[Sequence[int]], needed: Sequence[Sequence[int]] | None = None
+) -> Layout:
+    """The layout of texts that are only read: context alone, nothing masked and nothing to predict.
+
+    `ids` and `segments` are the samples' tokens, special ones included; `needed` the positions of each, in ascending order,
+    whose last vectors `encode_predicted` is to give, all by default. Raises ValueError for lists that do not fit together.
+    """
+    lengths = np.array([*map(len, ids)], dtype=np.int64)
+    if not len(ids) or not lengths.all() or lengths.tolist() != [*map(len, segments)]:
+        raise ValueError("expected at least one sample, none of them empty, each with a segment id a token")
+    edges = _edges(lengths)
+    samples = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(len(samples)) - np.array(edges)[samples]
+    predicted, num_predicted = np.arange(len(samples)), lengths
+    if needed is not None:
+        num_predicted = np.array([*map(len, needed)], dtype=np.int64)
+        places = np.array([*chain.from_iterable(needed)], dtype=np.int64)
+        if len(needed) != len(ids) or (places < 0).any() or (places >= np.repeat(lengths, num_predicted)).any():
+            raise ValueError("expected needed positions for each sample, all of them in it")
+        predicted = places + np.repeat(edges[:-1], num_predicted)
+        if (np.diff(predicted) <= 0).any():
+            raise ValueError("expected a sample's needed positions in ascending order")
+    context_N = torch.zeros(len(positions), dtype=torch.int64)
+    return Layout(
+        ids_N=torch.from_numpy(np.array([*chain.from_iterable(ids)], dtype=np.int64)),
+        positions_N=torch.from_numpy(positions),
+        segments_N=torch.from_numpy(np.array([*chain.from_iterable(segments)], dtype=np.int64)),
+        roles_N=context_N + CONTEXT,
+        turns_N=context_N,
+        samples_N=torch.from_numpy(samples),
+        edges=edges,
+        context_lengths=tuple(lengths.tolist()),
+        num_tokens=len(positions),
+        predicted_R=torch.from_numpy(predicted),
+        predicted_edges=_edges(num_predicted),
+        targets_T=torch.zeros(0, dtype=torch.int64),
+        ae_places_T=None,
+        par_places_T=None,
     )
 
 

@@ -51,7 +51,12 @@ def test_data_prep_never_imports_torch_through_others() -> None:
 def test_deepspeed_is_imported_in_one_file() -> None:
     importing = [
         path.relative_to(REPOSITORY).as_posix()
-        for path in [*files_of("data_prep"), *files_of("pretrain"), REPOSITORY / "run_pretrain.py"]
+        for path in [
+            *files_of("data_prep"),
+            *files_of("pretrain"),
+            *files_of("finetune"),
+            REPOSITORY / "run_pretrain.py",
+        ]
         if any(module.partition(".")[0] == "deepspeed" for module in imports_of(path))
     ]
     assert importing == ["pretrain/engine.py"]

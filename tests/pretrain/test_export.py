@@ -18,6 +18,7 @@ from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
 from data_prep.shards import DataSet
 from data_prep.tokenizer import WordPiece
+from finetune.weights import read_pretrained
 from pretrain.batches import Share, validation_batches
 from pretrain.export import export, load_exported
 from pretrain.layout import Objective
@@ -81,6 +82,18 @@ def test_a_word_piece_tokenizer_goes_from_data_to_export(tmp_path: Path) -> None
     model, tokenizer = load_exported(tmp_path / "export")
     assert isinstance(tokenizer, WordPiece)
     assert tokenizer.vocab_size == len(entries) == len(model.state_dict()["cls.predictions.bias"])
+
+
+def test_fine_tuning_opens_run_checkpoint_and_export_alike(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "export")
+    expected, _ = read_pretrained(tmp_path / "export")
+    assert expected.origin["trained_steps"] == 12
+    for path in (run, run / "checkpoints" / "step00000012"):
+        found, notes = read_pretrained(path)
+        assert (found.config, found.origin, notes) == (expected.config, expected.origin, ())
+        assert found.tokenizer.sha256 == expected.tokenizer.sha256
+        assert found.weights.keys() == expected.weights.keys()
+        assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
 
 
 def test_export_refuses_what_it_cannot_do(run: Path, tmp_path: Path) -> None:

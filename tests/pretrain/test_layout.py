@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import MASK, random_batch
 
 from data_prep.shards import SampleBatch
-from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
+from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, encoder_layout, pseudo_masked_layout, visible
 
 GRID = """
     1 1 1 1 1 1   . . .   . . .
@@ -155,3 +155,33 @@ def test_the_rule_is_the_same_for_numpy_and_torch() -> None:
     as_numpy = visible(roles[:, None], turns[:, None], roles, turns)
     r, t = torch.from_numpy(roles), torch.from_numpy(turns)
     np.testing.assert_array_equal(visible(r[:, None], t[:, None], r, t).numpy(), as_numpy)
+
+
+@pytest.mark.parametrize("needed", [None, [[0], [0, 2], []]])
+def test_a_text_that_is_only_read_is_context_alone(needed: list[list[int]] | None) -> None:
+    layout = encoder_layout([[9, 8], [7, 6, 5, 4], [3]], [[0, 1], [0, 0, 1, 1], [0]], needed)
+    assert layout.ids_N.tolist() == [9, 8, 7, 6, 5, 4, 3]
+    assert layout.positions_N.tolist() == [0, 1, 0, 1, 2, 3, 0]
+    assert layout.segments_N.tolist() == [0, 1, 0, 0, 1, 1, 0]
+    assert layout.roles_N.tolist() == [CONTEXT] * 7
+    assert (layout.edges, layout.context_lengths, layout.num_tokens) == ((0, 2, 6, 7), (2, 4, 1), 7)
+    assert layout.predicted_R.tolist() == (list(range(7)) if needed is None else [0, 2, 4])
+    assert layout.predicted_edges == ((0, 2, 6, 7) if needed is None else (0, 1, 3, 3))
+    assert layout.num_targets == 0
+    expected = np.equal.outer(*[np.repeat([0, 1, 2], [2, 4, 1])] * 2)
+    np.testing.assert_array_equal(sees(layout), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "segments", "needed"),
+    [
+        ([], [], None), ([[]], [[]], None), ([[1, 2]], [[0]], None), ([[1]], [[0], [0]], None), ([[1]], [[0]], [[0], []]),
+        ([[1, 2]], [[0, 0]], [[1, 0]]), ([[1, 2]], [[0, 0]], [[1, 1]]), ([[1, 2], [3]], [[0, 0], [0]], [[2], []]),
+        ([[1, 2]], [[0, 0]], [[2]]), ([[1, 2]], [[0, 0]], [[-1]]),
+    ],
+)  # fmt: skip
+def test_lists_that_do_not_fit_together_make_no_layout(
+    ids: list[list[int]], segments: list[list[int]], needed: list[list[int]] | None
+) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        encoder_layout(ids, segments, needed)

@@ -1,0 +1,1 @@
+"""A pre-trained model to a task."""

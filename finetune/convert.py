@@ -1,0 +1,108 @@
+"""python -m finetune.convert: a pre-trained model from one form to another; nothing of it changes.
+
+    pmlm           our export, which fine-tuning opens, as does every other form here
+    unilm          the released UniLMv2's names: pytorch_model.bin (or model.safetensors), config.json, vocab.txt
+    huggingface    a folder for transformers, with its code and a fast tokenizer
+
+--input takes each of them, a run's folder, a checkpoint, and BERT's weights.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+
+from data_prep.console import ArgumentParser, add_flags, flag_values, run_command
+from data_prep.files import write_json, write_whole
+from data_prep.tokenizer import WordPiece
+from finetune.fast_tokenizer import is_lowercase
+from finetune.huggingface import unilm_config, write_huggingface
+from finetune.weights import read_pretrained, with_head
+from pretrain.export import CONFIG, TIED, WEIGHTS, StoredModel, refuse_existing, unfinished_folder, write_export
+
+Form = Literal["pmlm", "unilm", "huggingface"]
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """What is converted to what."""
+
+    input: Path
+    """Export, run's folder, checkpoint, or folder or file of UniLM's, BERT's or transformers' weights."""
+    output: Path
+    """Folder to write; must not exist."""
+    to: Form
+    """Form to write."""
+    tokenizer: Path | None = None
+    """SentencePiece model, tokenizer.json or BERT vocab.txt of weights that have none beside them."""
+    safetensors: bool = False
+    """For --to unilm: model.safetensors in place of pytorch_model.bin."""
+
+    def __post_init__(self) -> None:
+        if self.safetensors and self.to != "unilm":
+            raise ValueError(f"--safetensors: is for --to unilm; --to {self.to} writes no other weights")
+
+
+def convert(settings: ConvertSettings) -> tuple[str, ...]:
+    """Convert; returns notes on what of the input was not used or had to be made up.
+
+    Raises ValueError or OSError for an input that does not fit, and for an output that exists.
+    """
+    refuse_existing(settings.output)
+    stored, notes = read_pretrained(settings.input, tokenizer=settings.tokenizer)
+    stored = with_head(stored)
+    stored.load()  # refuses what does not fit
+    write: dict[Form, Callable[[Path, StoredModel], None]] = {
+        "pmlm": write_export, "huggingface": write_huggingface,
+        "unilm": lambda output, stored: write_unilm(output, stored, safetensors=settings.safetensors),
+    }  # fmt: skip
+    write[settings.to](settings.output, stored)
+    return notes
+
+
+def write_unilm(output: Path, stored: StoredModel, *, safetensors: bool = False) -> None:
+    """Write the folder `output`, whole, as UniLMv2 was released."""
+    tokenizer, words = stored.tokenizer, stored.weights["bert.embeddings.word_embeddings.weight"]
+    weights = {
+        name: tensor.reshape(1, 1, -1).clone() if name.endswith(("q_bias", "v_bias")) else tensor.contiguous()
+        for name, tensor in stored.weights.items()
+    }
+    with unfinished_folder(output) as folder:
+        if safetensors:
+            write_whole(folder / WEIGHTS, save({**weights, TIED: words.clone()}, metadata={"format": "pt"}))
+        else:
+            content = io.BytesIO()
+            torch.save({**weights, TIED: words}, content)
+            write_whole(folder / "pytorch_model.bin", content.getvalue())
+        write_whole(folder / tokenizer.file_name, tokenizer.path.read_bytes())
+        if isinstance(tokenizer, WordPiece):
+            entries = (tokenizer.piece(token_id) for token_id in range(tokenizer.vocab_size))
+            write_whole(folder / "vocab.txt", "".join(f"{entry}\n" for entry in entries).encode())
+            write_json(folder / "tokenizer_config.json", {"do_lower_case": is_lowercase(tokenizer)})
+        write_json(folder / CONFIG, unilm_config(stored, tokenizer.file_name))
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    parser = ArgumentParser(prog="python -m finetune.convert", description=__doc__)
+    add_flags(parser, ConvertSettings)
+    args = parser.parse_args()
+
+    def command() -> None:
+        settings = ConvertSettings(**flag_values(args, ("input", "output", "to", "tokenizer", "safetensors")))
+        for note in convert(settings):
+            print(note, file=sys.stderr)
+        print(f"{settings.output}: written")
+
+    return run_command(command, parser.prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,404 @@
+"""PMLM for Hugging Face transformers: a post-LayerNorm BERT with T5's relative position bias, as an encoder.
+
+This file lies in every folder that holds such a model, and needs torch and transformers alone:
+
+    AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+Names are those of the released UniLMv2 checkpoints. Layers take the bias to be added to the attention scores, whatever is in
+it: what is hidden has the most negative number. So a mode in which not every token sees every other, as generation is,
+needs another bias here and nothing else in the layers; there is none yet.
+
+Shapes: B texts of L tokens, H hidden size, A heads, D = H / A.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
+
+
+class PMLMConfig(PretrainedConfig):  # type: ignore[misc]
+    """The numbers of a model, named as BERT's and UniLM's; the defaults are base."""
+
+    model_type = "pmlm"
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        max_position_embeddings: int = 512,
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        type_vocab_size: int = 2,
+        rel_pos_bins: int = 32,
+        max_rel_pos: int = 128,
+        pad_token_id: int | None = 0,
+        **others: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.type_vocab_size = type_vocab_size
+        self.rel_pos_bins = rel_pos_bins
+        self.max_rel_pos = max_rel_pos
+        super().__init__(pad_token_id=pad_token_id, **{"tie_word_embeddings": True, **others})
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, vectors_BLH: torch.Tensor, token_type_ids_BL: torch.Tensor | None) -> torch.Tensor:
+        """`vectors_BLH`: the word embeddings."""
+        length, table = vectors_BLH.shape[1], self.position_embeddings.weight
+        if length > len(table):
+            raise ValueError(f"a text has {length} tokens, and the model {len(table)} positions; truncate it")
+        if token_type_ids_BL is None:
+            token_type_ids_BL = torch.zeros(vectors_BLH.shape[:2], dtype=torch.long, device=vectors_BLH.device)
+        vectors_BLH = vectors_BLH + table[:length] + self.token_type_embeddings(token_type_ids_BL)
+        return self.dropout(self.LayerNorm(vectors_BLH))  # type: ignore[no-any-return]
+
+
+class _RelativePositionBias(nn.Module):
+    """One number for each head and T5 bucket of (key position - query position), shared by all layers."""
+
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_attention_heads, config.rel_pos_bins))
+        self.max_distance = config.max_rel_pos
+
+    def forward(self, length: int) -> torch.Tensor:
+        """[A, L, L]."""
+        places = torch.arange(length, device=self.weight.device)
+        return self.weight[:, self._bucket(places[None, :] - places[:, None])]
+
+    def _bucket(self, distance: torch.Tensor) -> torch.Tensor:
+        half = self.weight.shape[1] // 2
+        exact = half // 2
+        away = distance.abs()
+        logarithm = torch.log(away.clamp(min=1).double() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (logarithm * (half - exact)).long()).clamp(max=half - 1)
+        return torch.where(away < exact, away, far) + (distance > 0) * half
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.num_heads, self.dropout_rate = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.qkv_linear = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None) -> torch.Tensor:
+        biases = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(hidden_BLH, self.qkv_linear.weight, biases).unflatten(-1, (3, self.num_heads, -1))
+        queries_BALD, keys_BALD, values_BALD = qkv.permute(2, 0, 3, 1, 4)
+        rate = self.dropout_rate if self.training else 0.0
+        attended_BALD = F.scaled_dot_product_attention(
+            queries_BALD, keys_BALD, values_BALD, attn_mask=bias_BALL, dropout_p=rate
+        )
+        return attended_BALD.transpose(1, 2).flatten(2)
+
+
+class _AddAndNorm(nn.Module):
+    def __init__(self, size_in: int, config: PMLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size_in, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, vectors: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(vectors)) + residual)  # type: ignore[no-any-return]
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.self = _SelfAttention(config)
+        self.output = _AddAndNorm(config.hidden_size, config)
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.attention = _Attention(config)
+        self.intermediate = _Intermediate(config)
+        self.output = _AddAndNorm(config.intermediate_size, config)
+
+    def forward(self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None) -> torch.Tensor:
+        attended_BLH = self.attention.output(self.attention.self(hidden_BLH, bias_BALL), hidden_BLH)
+        return self.output(F.gelu(self.intermediate.dense(attended_BLH)), attended_BLH)  # type: ignore[no-any-return]
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.rel_pos_bias = _RelativePositionBias(config) if config.rel_pos_bins else None
+
+    def forward(self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None) -> list[torch.Tensor]:
+        """The vectors before each layer, and behind the last."""
+        states = [hidden_BLH]
+        for layer in self.layer:
+            states.append(layer(states[-1], bias_BALL))
+        return states
+
+    def bias(self, attention_mask_BL: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Of reading: every token sees every token of its text that is not masked out."""
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(length)[None].to(dtype)
+        if attention_mask_BL is None:
+            return bias
+        hidden_B11L = (attention_mask_BL == 0)[:, None, None, :]
+        if bias is None:
+            bias = torch.zeros((), dtype=dtype, device=hidden_B11L.device).expand(hidden_B11L.shape)
+        return bias.masked_fill(hidden_B11L, torch.finfo(dtype).min)
+
+
+class _Pooler(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dense(hidden_BLH[:, 0]))
+
+
+class _Transform(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(F.gelu(self.dense(vectors)))  # type: ignore[no-any-return]
+
+
+class _Predictions(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.transform = _Transform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(vectors)) + self.bias  # type: ignore[no-any-return]
+
+
+class _Heads(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.predictions = _Predictions(config)
+
+
+class PMLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What the models below share."""
+
+    config_class = PMLMConfig
+    base_model_prefix = "bert"
+    _supports_sdpa = True
+    _no_split_modules: ClassVar[list[str]] = ["_Layer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding, _RelativePositionBias)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        for name in ("bias", "q_bias", "v_bias"):
+            bias = getattr(module, name, None)
+            if isinstance(bias, nn.Parameter):
+                nn.init.zeros_(bias)
+
+
+class PMLMModel(PMLMPreTrainedModel):
+    """The encoder; with a pooler, the first token's vector through a dense layer and tanh, as BERT's."""
+
+    def __init__(self, config: PMLMConfig, add_pooling_layer: bool = False) -> None:
+        super().__init__(config)
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+        self.pooler = _Pooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """`attention_mask` is 0 where padding is, [B, L]; `token_type_ids` 0 in the first segment and 1 in the second."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, expected [texts, tokens]")
+        vectors = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embeddings(vectors, token_type_ids)
+        states = self.encoder(hidden, self.encoder.bias(attention_mask, hidden.shape[1], hidden.dtype))
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=states[-1],
+            pooler_output=None if self.pooler is None else self.pooler(states[-1]),
+            hidden_states=tuple(states) if wanted else None,
+        )
+        return output.to_tuple() if _as_tuple(self, return_dict) else output
+
+
+def _as_tuple(model: PreTrainedModel, return_dict: bool | None) -> bool:
+    return not (getattr(model.config, "return_dict", True) if return_dict is None else return_dict)
+
+
+class PMLMForMaskedLM(PMLMPreTrainedModel):
+    """Predicts the tokens behind [MASK]; labels of -100 do not count."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
+    }
+
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__(config)
+        self.bert = PMLMModel(config)
+        self.cls = _Heads(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output embedding, which is the word embedding."""
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output embedding."""
+        self.cls.predictions.decoder = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """Logits [B, L, vocabulary]."""
+        encoded = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **others)
+        logits = self.cls.predictions(encoded.last_hidden_state)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output.to_tuple() if _as_tuple(self, return_dict) else output
+
+
+class PMLMForSequenceClassification(PMLMPreTrainedModel):
+    """A class, several or a number of a text or a pair: the pooled first token, dropout, a linear layer, as BERT's."""
+
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__(config)
+        self.bert = PMLMModel(config, add_pooling_layer=True)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """Logits [B, num_labels]. `config.problem_type` decides the loss; by default the labels do, as for BERT."""
+        encoded = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **others)
+        logits = self.classifier(self.dropout(encoded.pooler_output))
+        loss = None if labels is None else self._loss(logits, labels)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output.to_tuple() if _as_tuple(self, return_dict) else output
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.problem_type is None:
+            is_class = labels.dtype in (torch.long, torch.int)
+            several = "single_label_classification" if is_class else "multi_label_classification"
+            self.config.problem_type = "regression" if self.config.num_labels == 1 else several
+        if self.config.problem_type == "regression":
+            return F.mse_loss(logits.squeeze(), labels.to(logits.dtype).squeeze())
+        if self.config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits, labels.flatten().long())
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class PMLMForQuestionAnswering(PMLMPreTrainedModel):
+    """Where in a passage an answer begins and ends."""
+
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__(config)
+        self.bert = PMLMModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """Start and end scores [B, L]; positions outside the text do not count in the loss."""
+        encoded = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **others)
+        start_logits, end_logits = self.qa_outputs(encoded.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            length = start_logits.shape[1]
+            losses = [
+                F.cross_entropy(logits, places.flatten().clamp(0, length), ignore_index=length)
+                for logits, places in ((start_logits, start_positions), (end_logits, end_positions))
+            ]
+            loss = (losses[0] + losses[1]) / 2
+        output = QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=encoded.hidden_states
+        )
+        return output.to_tuple() if _as_tuple(self, return_dict) else output

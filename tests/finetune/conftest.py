@@ -1,0 +1,59 @@
+"""Tiny models of every kind, with tokenizers of both kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import stored
+from support import REPOSITORY
+
+from data_prep.import_tokenizer import import_tokenizer
+from data_prep.tokenizer import Tokenizer, train_tokenizer
+from pretrain.export import write_export
+
+torch.set_num_threads(1)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-()éü"
+SPECIAL = ("[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = ("the", "of", "and", "man", "woman", "##ing", "##ed", "truth", "good", "for", "##tune", "in", "want", "wife")
+
+
+@pytest.fixture(scope="session")
+def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Unigram, uncased, 300 entries."""
+    lines = (REPOSITORY / "sample_corpus" / "pride_and_prejudice" / "chapter_01.txt").read_text("utf-8").splitlines()
+    return train_tokenizer(
+        [*lines, "naïve café Ærøskøbing"], tmp_path_factory.mktemp("spm") / "t.model", vocab_size=300
+    )
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocab.txt like BERT's, uncased."""
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    entries = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS]
+    path.write_text("".join(f"{entry}\n" for entry in entries), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def word_piece(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The same as a tokenizer."""
+    return import_tokenizer(vocabulary, tmp_path_factory.mktemp("word_piece") / "t.json", pieces={})
+
+
+@pytest.fixture(scope="session", params=["sentence_piece", "word_piece"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Either of them."""
+    tokenizer: Tokenizer = request.getfixturevalue(request.param)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def export(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny export. Not to be changed."""
+    folder = tmp_path_factory.mktemp("export") / "export"
+    write_export(folder, stored(tokenizer))
+    return folder
