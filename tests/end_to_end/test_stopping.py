@@ -51,6 +51,20 @@ class EndlessRun:
         port = f"--master_port={free_port()}"
         return start(["deepspeed", "--quiet", "--num_accelerators", "2", port, *self._flags])
 
+    def start_nodes(self, *flags: str) -> list[subprocess.Popen[str]]:
+        """Two hosts of one rank each, by `torchrun`."""
+        node = [
+            "torchrun",
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--master_addr=127.0.0.1",
+            f"--master_port={free_port()}",
+        ]
+        return [
+            start([*node, f"--node_rank={rank}", "--", *self._flags, *flags], GLOO_SOCKET_IFNAME="lo")
+            for rank in range(2)
+        ]
+
     def train_some_steps(self, process: subprocess.Popen[str]) -> None:
         """Wait until the run has got on by three steps since its last start."""
 
@@ -158,6 +172,26 @@ def test_the_survivors_of_a_killed_rank_name_it(data_folder: Path, tmp_path: Pat
     assert ranks[0].returncode == RETRY_STATUS
     assert "rank 0: no sign of life from rank 1, in step " in output
     assert "Traceback" not in output
+
+
+def test_a_host_that_is_gone_ends_the_others_and_the_next_start_goes_on(data_folder: Path, tmp_path: Path) -> None:
+    """The second host's processes are killed all at once: launcher and rank."""
+    run = EndlessRun(data_folder, tmp_path)
+    nodes = run.start_nodes("--save_every_steps", "2")
+    run.train_some_steps(nodes[0])
+    of_host = [*psutil.Process(nodes[1].pid).children(recursive=True), psutil.Process(nodes[1].pid)]
+    for process in of_host:
+        process.kill()
+    killed = time.monotonic()
+    output = nodes[0].communicate(timeout=200)[1]
+    assert time.monotonic() - killed < 60
+    assert nodes[0].returncode != 0
+    assert "rank 0: no sign of life from rank 1, in step " in output
+    saved = int(newest(run.folder).removeprefix("step"))
+    nodes = run.start_nodes("--max_hours", "1e-4")
+    outputs = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert f"resumed from step {saved} of 100000" in outputs[0]
 
 
 def test_a_rank_that_is_stopped_ends_the_others_and_is_named(data_folder: Path, tmp_path: Path) -> None:
