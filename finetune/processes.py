@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pretrain.launchers import take_place
+from pretrain.launchers import find_place, take_place
 
 _CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def join_processes() -> Processes:
 
     Raises ValueError where the environment lacks something.
     """
-    place = take_place()
+    place = find_place()
     torch.set_flush_denormal(True)
     device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -58,6 +58,7 @@ def join_processes() -> Processes:
     if place.world_size > 1 and not distributed.is_initialized():
         if place.is_one_host:  # gloo hangs where the host's name means 127.0.1.1, as on Debian
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        take_place()
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(place.rank, place.world_size, device)
 
