@@ -18,6 +18,7 @@ class Decision(IntEnum):
     CHUNK_ORDER = 3
     ORDER_IN_WINDOW = 4
     SHORT_SAMPLES = 5
+    FINETUNING_ORDER = 6
 
 
 def draw_words(

@@ -37,19 +37,28 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write under another name, flush, rename: under `path` there is the whole content or what was there before."""
+@contextmanager
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """Another name to write under, which is flushed and becomes `path` if nothing is raised, and else goes."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Under `path` there is the whole content afterwards, or what was there before."""
+    with unfinished_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

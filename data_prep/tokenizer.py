@@ -77,6 +77,10 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and which characters of the text each stands for, from the first to behind the last."""
+
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens are left out, an unknown one is what the vocabulary writes, here " [UNK] "."""
 
@@ -164,6 +168,10 @@ class SentencePiece(Tokenizer):
         ids = np.frombuffer(b"".join(encoded), dtype=np.int32)
         return ids, np.array([len(of_text) // ids.itemsize for of_text in encoded], dtype=np.int64)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._model.encode(text, out_type="offset_mapping")
+        return encoded["ids"], encoded["offsets"]
+
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._model.decode([int(i) for i in ids]))
 
@@ -237,6 +245,10 @@ class WordPiece(Tokenizer):
             [i for line in lines for i in self._model.encode(line, add_special_tokens=False).ids] for lines in documents
         ]
         return np.fromiter(chain.from_iterable(encoded), dtype=np.int32), np.array([*map(len, encoded)], dtype=np.int64)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._model.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [int(i) for i in ids if int(i) not in self._not_decoded]

@@ -1,1 +1,20 @@
 """A pre-trained model to a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.answerer import Answerer as Answerer
+    from finetune.classifier import Classifier as Classifier
+
+__all__ = ["Answerer", "Classifier"]
+
+
+def __getattr__(name: str) -> Any:
+    """The two, loaded at their first use: `python -m finetune.convert` has no need of them."""
+    import importlib
+
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"finetune.{name.lower()}"), name)

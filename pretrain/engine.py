@@ -23,7 +23,7 @@ from data_prep.console import available_cores, describe_error
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.launchers import take_place
 from pretrain.layout import Layout
-from pretrain.model import PretrainingLosses
+from pretrain.model import PretrainingLosses, has_weight_decay
 from pretrain.partitions import MOMENTS, WEIGHT, Partitions
 from pretrain.probe import is_abandoned
 
@@ -72,8 +72,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and "rel_pos_bias" not in name
-        (decay if is_matrix else no_decay).append(parameter)
+        (decay if has_weight_decay(name, parameter) else no_decay).append(parameter)
     return [{"params": decay, "name": "decay"}, {"params": no_decay, "name": "no_decay", "weight_decay": 0.0}]
 
 

@@ -147,6 +147,11 @@ class PMLM(nn.Module):
         )
 
 
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for it: not for biases, LayerNorm and the relative position bias."""
+    return parameter.ndim >= 2 and "rel_pos_bias" not in name
+
+
 def layer_norm(size: int) -> nn.Module:
     """LayerNorm with BERT's eps; NVIDIA apex's fused one where a real apex with CUDA is installed."""
     if torch.cuda.is_available() and nvidia_apex_folder() is not None:

@@ -1,0 +1,133 @@
+"""A pre-trained Transformer with a task's output on it, and the folder that keeps the two.
+
+    MODEL/config.json          kind, sizes, and what the task needs to know
+    MODEL/model.safetensors    fp32 weights, named as BERT's for that task
+    MODEL/tokenizer.model      or tokenizer.json
+
+Shapes: N slots, R slots needed, B samples, C outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from data_prep.files import read_json, unfinished_file, write_json, write_whole
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from finetune.trainer import MODEL, seed_for
+from pretrain.dropout import Dropout
+from pretrain.export import CONFIG, WEIGHTS, read_safetensors, refuse_unfit
+from pretrain.layout import Layout
+from pretrain.model import PMLM, PMLMConfig
+
+_VERSION = 1
+SUMMARY = "summary.json"
+"""In the folder of several runs: which is the best."""
+
+
+class SequenceClassifier(nn.Module):
+    """The vector of [SOS], a dense layer with tanh, dropout, a linear layer: [B, C]. The last layer computes [SOS] alone."""
+
+    kind = "pmlm-classifier"
+
+    def __init__(self, pretrained: PMLM, num_outputs: int, seed: int) -> None:
+        super().__init__()
+        self.config = pretrained.config
+        self.bert = pretrained.bert
+        pooler = _Pooler(self.config)
+        self.bert.add_module("pooler", pooler)
+        self.classifier = nn.Linear(self.config.hidden_size, num_outputs)
+        self.dropout = Dropout(self.config.dropout)
+        _initialize([pooler.dense, self.classifier], self.config, seed)
+
+    def forward(self, layout: Layout) -> torch.Tensor:
+        """The layout's needed slots are the samples' [SOS]."""
+        sos_BH = self.bert(layout, is_predicted_only=True)
+        pooled_BH = self.bert.get_submodule("pooler")(sos_BH)
+        logits_BC: torch.Tensor = self.classifier(self.dropout(pooled_BH))
+        return logits_BC.float()
+
+
+class SpanClassifier(nn.Module):
+    """The score of each slot as the start and as the end of an answer, [N, 2]."""
+
+    kind = "pmlm-question-answerer"
+
+    def __init__(self, pretrained: PMLM, num_outputs: int, seed: int) -> None:
+        super().__init__()
+        assert num_outputs == 2
+        self.config = pretrained.config
+        self.bert = pretrained.bert
+        self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
+        _initialize([self.qa_outputs], self.config, seed)
+
+    def forward(self, layout: Layout) -> torch.Tensor:
+        """Of the layout's needed slots, [R, 2]."""
+        scores_R2: torch.Tensor = self.qa_outputs(self.bert(layout, is_predicted_only=True))
+        return scores_R2.float()
+
+
+class _Pooler(nn.Module):
+    def __init__(self, config: PMLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, vectors_BH: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dense(vectors_BH))
+
+
+def _initialize(layers: list[nn.Linear], config: PMLMConfig, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed_for("new weights", seed))
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=config.initializer_range, generator=generator)
+        nn.init.zeros_(layer.bias)
+
+
+_M = TypeVar("_M", SequenceClassifier, SpanClassifier)
+
+
+def save_model(
+    folder: Path, model: SequenceClassifier | SpanClassifier, tokenizer: Tokenizer, task: dict[str, Any]
+) -> None:
+    """Write the folder's files, each whole, the weights last; `task`: what config.json is to say of the task."""
+    write_whole(folder / tokenizer.file_name, tokenizer.path.read_bytes())
+    write_json(folder / CONFIG, {
+        "format": model.kind, "version": _VERSION, "model": asdict(model.config), "task": task,
+        "tokenizer_file": tokenizer.file_name, "tokenizer_sha256": tokenizer.sha256,
+    })  # fmt: skip
+    with unfinished_file(folder / WEIGHTS) as partial:
+        save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, partial)
+
+
+def load_model(folder: Path, cls: type[_M]) -> tuple[_M, Tokenizer, dict[str, Any]]:
+    """What `save_model` wrote, in eval mode: in a model's folder, a run's, or one of several runs, of which the best.
+
+    Raises ValueError or OSError, naming the file, for what is none, of another kind, or damaged.
+    """
+    if (folder / SUMMARY).is_file():
+        folder = folder / read_json(folder / SUMMARY)["best"]
+    if (folder / MODEL).is_dir():
+        folder = folder / MODEL
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(2, "no fine-tuned model there; train one first", str(folder))
+    config = read_json(folder / CONFIG)
+    found = (config.get("format"), config.get("version")) if isinstance(config, dict) else None
+    if found != (cls.kind, _VERSION):
+        raise ValueError(f"{folder / CONFIG}: expected format {cls.kind} of version {_VERSION}, found {found}")
+    tokenizer = load_tokenizer(folder / config["tokenizer_file"])
+    if tokenizer.sha256 != config["tokenizer_sha256"]:
+        raise ValueError(f"{tokenizer.path}: not the tokenizer this model was trained with")
+    with torch.random.fork_rng(devices=[]):
+        model = cls(PMLM(PMLMConfig(**config["model"])), config["task"]["num_outputs"], seed=0)
+    weights = read_safetensors(folder / WEIGHTS)
+    parameters = dict(model.named_parameters())
+    refuse_unfit(folder / WEIGHTS, weights, {name: tuple(p.shape) for name, p in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return model.eval(), tokenizer, config["task"]

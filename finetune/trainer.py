@@ -1,0 +1,359 @@
+"""The training loop of every task: AdamW, validation, the best weights kept, and a state to go on from.
+
+    RUN/model/             the weights that were best in validation, with config.json and the tokenizer
+    RUN/metrics.jsonl      a record of each step logged and each validation; TensorBoard's files beside it
+    RUN/learning_curve.png
+    RUN/state.safetensors  what an interrupted training goes on from; removed at the end
+    RUN/result.json        written last: the best validation
+
+A batch is cut into micro batches of samples of similar length, and the processes take turns at them. Dropout's numbers are
+those of the micro batch. So the result does not depend on how many processes there are, but for the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data_prep.console import progress_bar
+from data_prep.files import read_json, unfinished_file, write_json
+from finetune.batches import epoch_order, micro_batches
+from finetune.processes import Processes
+from pretrain.lock import hold_run
+from pretrain.metrics import Metrics, read_records
+from pretrain.model import has_weight_decay
+
+MODEL, STATE, RESULT, CURVE = "model", "state.safetensors", "result.json", "learning_curve.png"
+_LOG_STEPS = 10
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a task is trained; the defaults are of the paper's grid for GLUE."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    batch_size: int = 32
+    """Samples of a step, all processes together."""
+    epochs: int = 10
+    """Times that every sample is seen."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from 0; then it falls to 0."""
+    weight_decay: float = 0.01
+    """Of all weights but biases, LayerNorm and the relative position bias."""
+    layer_decay: float = 1.0
+    """The learning rate of each layer is this times that of the layer above it; 1 = all the same."""
+    max_gradient_norm: float = 1.0
+    """Larger gradients are scaled down to this norm; 0 = never."""
+    micro_batch_size: int = 8
+    """Samples computed at once; the processes share a batch's micro batches."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of matrix products; weights, gradients and AdamW stay in fp32."""
+    eval_steps: int = 0
+    """Steps from one validation to the next, after each of which an interrupted training can go on; 0 = an epoch."""
+    patience: int = 0
+    """Training ends after so many validations without a better score; 0 = never early."""
+    seed: int = 0
+    """Key of the new weights, the order of samples and dropout."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is {getattr(self, name)}, expected at least {least}"
+            for name, least in {
+                "batch_size": 1, "epochs": 1, "micro_batch_size": 1, "eval_steps": 0, "patience": 0,
+                "weight_decay": 0, "max_gradient_norm": 0, "seed": 0,
+            }.items()
+            if not getattr(self, name) >= least
+        ]  # fmt: skip
+        if not self.learning_rate > 0:
+            faults.append(f"learning_rate is {self.learning_rate}, expected more than 0")
+        if not 0 <= self.warmup <= 1:
+            faults.append(f"warmup is {self.warmup}, expected 0 to 1")
+        if not 0 < self.layer_decay <= 1:
+            faults.append(f"layer_decay is {self.layer_decay}, expected more than 0 and at most 1")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+class Task(Protocol):
+    """What is trained for."""
+
+    lengths: np.ndarray
+    """Tokens of each sample to train on."""
+
+    def loss(self, samples: Sequence[int]) -> torch.Tensor:
+        """The samples' losses, added up."""
+
+    def validate(self) -> dict[str, float]:
+        """Metrics; the one named `score` is better if higher."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model as it is, whole; called by one process."""
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    best_score: float = -math.inf
+    best_step: int = 0
+    num_worse: int = 0
+    """Validations since the best."""
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Matrix products in that precision."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def seed_for(*key: object) -> int:
+    """A seed of torch's generator for this key."""
+    digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup: float) -> float:
+    """What step 0, 1, ... multiplies the peak learning rate by: up in a line, down in a line."""
+    num_warmup = round(warmup * num_steps)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return (num_steps - step) / (num_steps - num_warmup)
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """A group for each depth, with and without weight decay; `scale` is what the depth multiplies the learning rate by.
+
+    The embeddings and the relative bias, which all layers share, lie below the first layer, the new output above the last.
+    """
+    num_layers = len(model.bert.encoder.layer)  # type: ignore[union-attr, arg-type]
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        depth = 0 if words[1] in ("embeddings", "encoder") else num_layers + 1
+        depth = int(words[3]) + 1 if words[1:3] == ["encoder", "layer"] else depth
+        decays = has_weight_decay(name, parameter)
+        group = groups.setdefault((depth, decays), {
+            "params": [], "weight_decay": settings.weight_decay if decays else 0.0,
+            "scale": settings.layer_decay ** (num_layers + 1 - depth),
+        })  # fmt: skip
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+class Trainer:
+    """Trains `model` in the folder `run`, from where an interrupted training of the same identity was."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, settings: TrainSettings, run: Path, processes: Processes, identity: dict[str, Any]
+    ) -> None:  # fmt: skip
+        """`identity`: what else the result depends on. Raises ValueError where the run in the folder is another."""
+        self._model, self._task, self._settings, self._run, self._processes = model, task, settings, run, processes
+        self._identity = json.loads(json.dumps({**asdict(settings), **identity}))
+        num_samples = len(task.lengths)
+        self._steps_per_epoch = -(-num_samples // settings.batch_size)
+        self._num_steps = self._steps_per_epoch * settings.epochs
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(model, settings), lr=settings.learning_rate, betas=_BETAS, eps=_EPS, fused=True
+        )
+        self._parameters = dict(model.named_parameters())
+        self._gradients = torch.zeros(sum(p.numel() for p in self._parameters.values()), device=processes.device)
+        start = 0
+        for parameter in self._parameters.values():
+            parameter.grad = self._gradients[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        self._progress = _Progress()
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end; returns the best validation's metrics, with its `step`."""
+        if self._processes.is_first:
+            self._run.mkdir(parents=True, exist_ok=True)
+            with hold_run(self._run, console=sys.stderr):
+                result = self._train()
+        else:
+            result = self._train()
+        self._processes.wait()
+        return result
+
+    def _train(self) -> dict[str, Any]:
+        self._processes.wait()
+        if (finished := read_result(self._run)) is not None:
+            self._refuse_other(finished["identity"], self._run / RESULT)
+            return dict(finished["best"])
+        self._resume()
+        self._processes.wait()
+        progress, settings, is_first = self._progress, self._settings, self._processes.is_first
+        metrics = Metrics(self._run, progress.step) if is_first else None
+        every = settings.eval_steps or self._steps_per_epoch
+        loss_sum, num_losses, started = 0.0, 0, time.monotonic()
+        bar = progress_bar(
+            self._run.name, self._num_steps, "step", initial=progress.step, is_shown=is_first, is_lasting=False
+        )
+        with bar:
+            while progress.step < self._num_steps and not self._is_at_end():
+                loss, norm = self._step()
+                loss_sum, num_losses = loss_sum + loss, num_losses + 1
+                step = progress.step = progress.step + 1
+                bar.update()
+                is_due = step % every == 0 or step == self._num_steps
+                if step % _LOG_STEPS == 0 or is_due:
+                    if not math.isfinite(loss_sum):
+                        raise ValueError(
+                            f"{self._run}: the loss is not a number at step {step}; try a lower --learning_rate than "
+                            f"{settings.learning_rate}"
+                        )
+                    if metrics is not None:
+                        samples_per_s = num_losses * settings.batch_size / (time.monotonic() - started)
+                        metrics.record("train", step, {
+                            "loss": loss_sum / num_losses, "gradient_norm": norm, "samples_per_s": round(samples_per_s, 2),
+                            "learning_rate": self._learning_rate(step - 1), "epoch": step / self._steps_per_epoch,
+                        })  # fmt: skip
+                    bar.set_postfix_str(f"loss {loss_sum / num_losses:.4f}, best {progress.best_score:.4f}")
+                    loss_sum, num_losses, started = 0.0, 0, time.monotonic()
+                if is_due:
+                    self._validate(metrics)
+                    started = time.monotonic()
+        best = {"step": progress.best_step, "score": progress.best_score}
+        if metrics is not None:
+            metrics.close()
+            best = next(
+                {name: value for name, value in record.items() if name not in ("kind", "time")}
+                for record in read_records(self._run)
+                if record["kind"] == "validation" and record["step"] == progress.best_step
+            )
+            draw_learning_curve(self._run)
+            write_json(self._run / RESULT, {"best": best, "steps": progress.step, "identity": self._identity})
+            (self._run / STATE).unlink(missing_ok=True)
+        return dict(self._processes.gather(best)[0])
+
+    def _is_at_end(self) -> bool:
+        return 0 < self._settings.patience <= self._progress.num_worse
+
+    def _learning_rate(self, step: int) -> float:
+        return self._settings.learning_rate * learning_rate_factor(step, self._num_steps, self._settings.warmup)
+
+    def _step(self) -> tuple[float, float]:
+        settings, processes, step = self._settings, self._processes, self._progress.step
+        epoch, in_epoch = divmod(step, self._steps_per_epoch)
+        order = epoch_order(settings.seed, epoch, len(self._task.lengths))
+        batch = order[in_epoch * settings.batch_size : (in_epoch + 1) * settings.batch_size]
+        self._model.train()
+        self._gradients.zero_()
+        loss_sum = torch.zeros((), device=processes.device)
+        for place, samples in enumerate(micro_batches(batch, self._task.lengths, settings.micro_batch_size)):
+            if place % processes.world_size != processes.rank:
+                continue
+            torch.manual_seed(seed_for("dropout", settings.seed, step, place))
+            with autocast(processes.device, settings.precision):
+                loss = self._task.loss(samples.tolist()) / len(batch)
+            loss.backward()
+            loss_sum += loss.detach()
+        processes.sum(self._gradients)
+        processes.sum(loss_sum)
+        norm = self._gradients.norm()
+        if settings.max_gradient_norm:
+            self._gradients *= (settings.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate(step) * group["scale"]
+        self._optimizer.step()
+        return float(loss_sum), float(norm)
+
+    def _validate(self, metrics: Metrics | None) -> None:
+        progress = self._progress
+        self._model.eval()
+        with torch.no_grad(), autocast(self._processes.device, self._settings.precision):
+            values = self._task.validate()
+        is_better = values["score"] > progress.best_score
+        progress.num_worse = 0 if is_better else progress.num_worse + 1
+        if is_better:
+            progress.best_score, progress.best_step = values["score"], progress.step
+        if metrics is not None:
+            metrics.record("validation", progress.step, {**values, "epoch": progress.step / self._steps_per_epoch})
+            if is_better:
+                (self._run / MODEL).mkdir(exist_ok=True)
+                self._task.save(self._run / MODEL)
+            if progress.step < self._num_steps and not self._is_at_end():
+                self._save_state()
+            draw_learning_curve(self._run)
+
+    def _save_state(self) -> None:
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{key}.{name}"] = self._optimizer.state[parameter][key]
+        facts = {"progress": json.dumps(asdict(self._progress)), "identity": json.dumps(self._identity)}
+        with unfinished_file(self._run / STATE) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, facts)
+
+    def _resume(self) -> None:
+        file = self._run / STATE
+        if not file.is_file():
+            return
+        try:
+            with safe_open(file, "pt", device=str(self._processes.device)) as stored:
+                facts = stored.metadata()
+                self._refuse_other(json.loads(facts["identity"]), file)
+                with torch.no_grad():
+                    for name, parameter in self._parameters.items():
+                        parameter.copy_(stored.get_tensor(f"model.{name}"))
+                        self._optimizer.state[parameter] = {
+                            key: stored.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")
+                        }
+        except SafetensorError as error:
+            raise ValueError(f"{file}: is damaged ({error}); remove it to train from the beginning") from None
+        self._progress = _Progress(**json.loads(facts["progress"]))
+        for state in self._optimizer.state.values():
+            state["step"] = torch.tensor(float(self._progress.step), device=self._processes.device)
+
+    def _refuse_other(self, identity: dict[str, Any], file: Path) -> None:
+        names = sorted(identity.keys() | self._identity.keys())
+        differing = [name for name in names if identity.get(name) != self._identity.get(name)]
+        if differing:
+            raise ValueError(
+                f"{file}: of a training with other settings ("
+                + ", ".join(f"{name} {identity.get(name)!r}, now {self._identity.get(name)!r}" for name in differing)
+                + "); give the same, or another --output"
+            )
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """What a finished training came to; None where there is none."""
+    return read_json(run / RESULT) if (run / RESULT).is_file() else None
+
+
+def draw_learning_curve(run: Path) -> None:
+    """Training loss and validation score against steps."""
+    records = read_records(run)
+
+    def draw(figure: Any) -> None:
+        loss, score = figure.subplots(2, 1, sharex=True)
+        for axes, kind, name in ((loss, "train", "loss"), (score, "validation", "score")):
+            points = [(r["step"], r[name]) for r in records if r["kind"] == kind]
+            axes.plot(*zip(*points, strict=True), marker="." if kind == "validation" else None)
+            axes.set_ylabel(f"{kind} {name}")
+        score.set_xlabel("step")
+
+    draw_figure(run / CURVE, draw)
+
+
+def draw_figure(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 5)) -> None:
+    """A PNG, whole."""
+    from matplotlib.figure import Figure  # here, because it takes its time to import
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    with unfinished_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)

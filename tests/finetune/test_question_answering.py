@@ -1,0 +1,230 @@
+"""Extractive question answering: SQuAD's files and metrics, windows, and a model that learns."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import REPOSITORY
+from torchmetrics.functional.text import squad as published_squad
+
+from data_prep.tokenizer import Tokenizer, train_tokenizer
+from finetune import Answerer
+from finetune.answerer import AnswerSettings, make_windows
+from finetune.question_answering import main
+from finetune.squad import Question, best_threshold, f1, normalize_answer, read_squad, squad_metrics
+from pretrain.export import StoredModel, write_export
+from pretrain.model import PMLM, PMLMConfig
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def entries() -> list[tuple[str, str]]:
+    """(word, definition) of the Devil's Dictionary."""
+    lines = (REPOSITORY / "sample_corpus" / "devils_dictionary.jsonl").read_text("utf-8").splitlines()
+    texts = (json.loads(line)["text"] for line in lines)
+    matches = (re.match(r"([A-Z]+), n\. ([^.]{20,120}\.)", text) for text in texts)
+    return [(match[1], match[2]) for match in matches if match][:120]
+
+
+def squad_json(path: Path, entries: list[tuple[str, str]], *, is_v2: bool, shift: int = 0) -> Path:
+    """Which word is explained? It stands at the beginning; impossible where it does not."""
+    paragraphs = []
+    for number, (word, text) in enumerate(entries):
+        is_impossible = is_v2 and number % 3 == 0
+        passage = f"{text} {text}" if is_impossible else f"{word}, n. {text} {text}"
+        start = shift
+        answers = [] if is_impossible else [{"text": word, "answer_start": start}]
+        question = {"id": str(number), "question": "Which word?", "answers": answers}
+        paragraphs.append({"context": passage, "qas": [{**question, **({"is_impossible": is_impossible} if is_v2 else {})}]})  # fmt: skip
+    path.write_text(json.dumps({"version": "x", "data": [{"title": "t", "paragraphs": paragraphs}]}), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def folder(entries: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """weights/ of a tiny model."""
+    folder = tmp_path_factory.mktemp("answers")
+    tokenizer = train_tokenizer([text for entry in entries for text in entry], folder / "t.model", vocab_size=300)
+    config = PMLMConfig.of_size(
+        "tiny", vocab_size=300, hidden_size=48, num_heads=4, intermediate_size=96, max_positions=96
+    )
+    torch.manual_seed(0)
+    weights = {name: parameter.detach() for name, parameter in PMLM(config).named_parameters()}
+    write_export(folder / "weights", StoredModel(folder, config, weights, tokenizer))
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process: status, stdout, stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["question_answering", *map(str, words)])
+        status = main()
+        done = capsys.readouterr()
+        return status, done.out, done.err
+
+    return run
+
+
+@pytest.mark.parametrize("is_v2", [False, True])
+def test_train_and_predict(
+    is_v2: bool, folder: Path, entries: list[tuple[str, str]], command: Command, tmp_path: Path
+) -> None:
+    train = squad_json(tmp_path / "train.json", entries[:90], is_v2=is_v2)
+    dev = squad_json(tmp_path / "dev.json", entries[90:], is_v2=is_v2)
+    run = tmp_path / "run"
+    status, _, err = command(
+        "train", "--weights", folder / "weights", "--train_file", train, "--validation_file", dev, "--output", run,
+        "--max_length_tokens", 64, "--max_question_tokens", 8, "--stride_tokens", 24, "--epochs", 12, "--learning_rate", 3e-3,
+        "--batch_size", 8,
+    )  # fmt: skip
+    assert status == 0, err
+    file = read_squad(dev)
+    predictions = json.loads((run / "validation" / "predictions.json").read_text())
+    assert predictions.keys() == {question.id for question in file.questions}
+    assert (run / "validation" / "na_prob.json").exists() == is_v2
+    values = squad_metrics(file.questions, predictions, is_v2)
+    summary = json.loads((run / "summary.json").read_text())["validation"]
+    assert summary["f1"] == pytest.approx(values["f1"])
+    assert values["f1"] > (40 if is_v2 else 25)  # of v2.0, no answer everywhere has 33
+    best = json.loads((run / "validation" / "nbest_predictions.json").read_text())
+    for question in file.questions:
+        kept = best[question.id]
+        assert [a["score"] for a in kept] == sorted((a["score"] for a in kept), reverse=True)
+        assert sum(a["probability"] for a in kept) == pytest.approx(1)
+        assert all(question.passage.startswith(a["text"], a["start"]) for a in kept)
+    status, out, _ = command("predict", "--model", run, "--question", file.questions[0].text, "--passage", file.questions[0].passage)  # fmt: skip
+    assert status == 0
+    assert json.loads(out)["text"] == predictions[file.questions[0].id]
+    assert command("predict", "--model", run, "--file", dev, "--output", tmp_path / "p")[0] == 0
+    assert json.loads((tmp_path / "p" / "predictions.json").read_text()) == predictions
+    assert Answerer.load(run).threshold is None or is_v2
+
+
+def test_every_answer_is_in_a_window(entries: list[tuple[str, str]], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    questions = read_squad(squad_json(tmp_path / "x.json", entries, is_v2=False)).questions
+    settings = AnswerSettings(stride_tokens=20, max_question_tokens=6)
+    found = make_windows(tokenizer, questions, 48, settings)
+    seen: dict[int, set[int]] = {number: set() for number in range(len(questions))}
+    is_found = set()
+    for window in found.windows:
+        spans = found.offsets[window.question]
+        assert len(window.ids) == len(window.segments) <= 48
+        assert len(window.needed) == window.num_tokens + 1
+        seen[window.question] |= {*range(window.first, window.first + window.num_tokens)}
+        if window.target != (0, 0):
+            is_found.add(window.question)
+            first, last = (window.first + place - 1 for place in window.target)
+            text = questions[window.question].passage[spans[first][0] : spans[last][1]]
+            assert questions[window.question].answers[0] in text
+    assert is_found == {*range(len(questions))}
+    assert all(tokens == {*range(len(found.offsets[number]))} for number, tokens in seen.items())
+
+
+def test_offsets_are_of_the_text(tokenizer: Tokenizer) -> None:
+    text = "  The GOOD man’s wife—a “truth”, in want of é.\n"
+    ids, spans = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode([text]).tolist()
+    assert all(0 <= a <= b <= len(text) for a, b in spans)
+    place = text.index("GOOD")
+    inside = [(a, b) for a, b in spans if a < place + 4 and b > place]
+    assert text[inside[0][0] : inside[-1][1]].strip() == "GOOD"
+
+
+def some_questions(number: int) -> tuple[list[Question], dict[str, str]]:
+    """With answers and predictions of a few words, articles and punctuation among them."""
+    draw = random.Random(number)
+    words = ["the", "a", "Truth,", "truth", "man", "good-man", "An", "U.S.", "wife.", "  in", "é", "of"]
+
+    def text() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(1, 5)))
+
+    questions = [Question(str(i), "?", "", tuple(text() for _ in range(draw.randint(1, 3))), 0) for i in range(40)]
+    return questions, {q.id: draw.choice([text(), *q.answers]) for q in questions}
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_metrics_are_the_published_ones(number: int) -> None:
+    questions, predictions = some_questions(number)
+    questions = [q for q in questions if all(normalize_answer(a) for a in q.answers)]
+    expected = published_squad(
+        [{"prediction_text": predictions[q.id], "id": q.id} for q in questions],
+        [{"answers": {"answer_start": [0], "text": list(q.answers)}, "id": q.id} for q in questions],
+    )
+    found = squad_metrics(questions, predictions, is_v2=False)
+    assert found["exact_match"] == pytest.approx(float(expected["exact_match"]), abs=1e-4)
+    assert found["f1"] == pytest.approx(float(expected["f1"]), abs=1e-4)
+
+
+def test_no_answer_in_version_2() -> None:
+    assert (f1("", "", True), f1("", "man", True), f1("the", "a", True), f1("the", "a", False)) == (1, 0, 1, 0)
+    questions = [
+        Question("a", "?", "", (), None),
+        Question("b", "?", "", ("the man",), 0),
+        Question("c", "?", "", (), None),
+    ]
+    found = squad_metrics(questions, {"a": "", "b": "man of truth", "c": "x"}, is_v2=True)
+    assert found["exact_match"] == pytest.approx(100 / 3)
+    assert found["f1"] == pytest.approx((100 + 50 + 0) / 3)
+    assert (found["exact_match_impossible"], found["f1_answerable"]) == (50, 50)
+    assert squad_metrics(questions, {"b": "man"}, is_v2=True)["f1"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_threshold_is_the_best_of_all(number: int) -> None:
+    questions, predictions = some_questions(number)
+    draw = random.Random(number)
+    questions = [q for q in questions if all(map(normalize_answer, (*q.answers, predictions[q.id])))]
+    questions = [q if draw.random() < 0.6 else Question(q.id, "?", "", (), None) for q in questions]
+    scores = {q.id: float(draw.randint(-5, 5)) for q in questions}
+
+    def f1_at(threshold: float) -> float:
+        chosen = {key: "" if scores[key] > threshold else text for key, text in predictions.items() if key in scores}
+        return squad_metrics(questions, chosen, is_v2=True)["f1"]
+
+    found = best_threshold(questions, predictions, scores)
+    assert f1_at(found) == pytest.approx(max(f1_at(threshold) for threshold in range(-7, 7)))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"data": [\n', ["line 2: not valid JSON"]),
+        ("[]", ["top: expected 'data' to be a list"]),
+        ('{"data": []}', ["has no questions"]),
+        ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 3}]}]}]}',
+         ["data[0].paragraphs[0].qas[0]: expected 'id' to be text, found int"]),
+        ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": "3", "question": "?"}]}]}]}',
+         ["qas[0]: expected 'answers' to be a list, found NoneType"]),
+    ],
+)  # fmt: skip
+def test_bad_files(content: str, words: list[Any], folder: Path, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    files = ("--train_file", tmp_path / "bad.json", "--validation_file", tmp_path / "bad.json")
+    status, _, err = command("train", "--weights", folder / "weights", *files, "--output", tmp_path / "run")
+    assert status == 2
+    assert err.count("error:") == 1
+    assert all(word in err for word in ["bad.json: ", *words]), err
+
+
+def test_answers_elsewhere_are_counted(
+    folder: Path, entries: list[tuple[str, str]], command: Command, tmp_path: Path
+) -> None:
+    wrong = squad_json(tmp_path / "wrong.json", entries[:5], is_v2=False, shift=1)
+    assert read_squad(wrong).num_unmatched == 5
+    files = ("--train_file", wrong, "--validation_file", wrong)
+    status, _, err = command("train", "--weights", folder / "weights", *files, "--output", tmp_path / "run")
+    assert status == 2
+    assert "warning" in err
+    assert "5 of 5 questions are left out" in err
+    assert "none of its 5 questions has an answer at answer_start" in err
