@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import stored
 from support import run_command
 
+from data_prep.tokenizer import Tokenizer
 from finetune.convert import ConvertSettings, convert
 from finetune.huggingface import register
 from finetune.weights import load_pretrained
+from pretrain.export import write_export
 from pretrain.layout import encoder_layout
 
 PAIRS = [("a man in want of a wife", "the truth"), ("good", "and for, it is!"), ("Truth (universally)", "I")]
@@ -170,9 +172,10 @@ print(type(model).__module__.partition(".")[0])
 """
 
 
-def test_the_folder_loads_where_this_repository_is_not(export: Path, folder: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    shutil.copytree(folder, moved)
+def test_the_folder_loads_where_this_repository_is_not(sentence_piece: Tokenizer, tmp_path: Path) -> None:
+    export, moved = tmp_path / "export", tmp_path / "moved"
+    write_export(export, stored(sentence_piece))
+    convert(ConvertSettings(export, moved, "huggingface"))
     done = run_command(
         [sys.executable, "-P", "-c", ELSEWHERE, str(moved), json.dumps(PAIRS), str(tmp_path)],
         cwd=tmp_path, PYTHONPATH="", HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1",
