@@ -83,7 +83,8 @@ def test_a_job_told_to_stop_saves_is_requeued_and_finishes(cluster: Cluster, fla
     cluster.wait_until(lambda: num_trained(run) > 0, job)
     cluster("scancel", "--signal=USR1", job)
     cluster.wait_until(lambda: cluster.state(job) == "PENDING", job)
-    cluster("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm puts a requeued job off for two minutes
+    # Slurm puts a requeued job off for two minutes; in the second in which it was ended, a node would refuse it.
+    cluster("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     cluster.wait_until(lambda: cluster.state(chained) == "COMPLETED", job, chained)
     output = cluster.output(job)
     assert cluster.state(job) == "COMPLETED", output
