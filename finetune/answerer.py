@@ -178,7 +178,7 @@ class Answerer:
         cls, pretrained: PMLM, tokenizer: Tokenizer, max_length_tokens: int, settings: AnswerSettings, processes: Processes, seed: int
     ) -> Answerer:  # fmt: skip
         """With a new output."""
-        return cls(SpanClassifier(pretrained, 2, seed), tokenizer, max_length_tokens, settings, processes)
+        return cls(SpanClassifier(pretrained, seed), tokenizer, max_length_tokens, settings, processes)
 
     @classmethod
     def load(cls, folder: Path | str, processes: Processes | None = None) -> Answerer:
@@ -193,8 +193,7 @@ class Answerer:
     def save(self, folder: Path) -> None:
         """So that `load` finds it."""
         task: dict[str, Any] = {
-            "num_outputs": 2, "max_length_tokens": self.max_length_tokens, "answers": vars(self.settings),
-            "threshold": self.threshold,
+            "max_length_tokens": self.max_length_tokens, "answers": vars(self.settings), "threshold": self.threshold,
         }  # fmt: skip
         save_model(folder, self.model, self.tokenizer, task)
 

@@ -4,7 +4,7 @@
     MODEL/model.safetensors    fp32 weights, named as BERT's for that task
     MODEL/tokenizer.model      or tokenizer.json
 
-Shapes: N slots, R slots needed, B samples, C outputs.
+Shapes: N slots, R slots needed, B samples, C outputs, T target tokens.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class SequenceClassifier(nn.Module):
         self.dropout = Dropout(self.config.dropout)
         _initialize([pooler.dense, self.classifier], self.config, seed)
 
+    @classmethod
+    def of_task(cls, pretrained: PMLM, task: dict[str, Any]) -> SequenceClassifier:
+        """The model that config.json's `task` is of, its weights not yet loaded."""
+        return cls(pretrained, task["num_outputs"], seed=0)
+
     def forward(self, layout: Layout) -> torch.Tensor:
         """The layout's needed slots are the samples' [SOS]."""
         sos_BH = self.bert(layout, is_predicted_only=True)
@@ -58,18 +63,41 @@ class SpanClassifier(nn.Module):
 
     kind = "pmlm-question-answerer"
 
-    def __init__(self, pretrained: PMLM, num_outputs: int, seed: int) -> None:
+    def __init__(self, pretrained: PMLM, seed: int) -> None:
         super().__init__()
-        assert num_outputs == 2
         self.config = pretrained.config
         self.bert = pretrained.bert
         self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
         _initialize([self.qa_outputs], self.config, seed)
 
+    @classmethod
+    def of_task(cls, pretrained: PMLM, task: dict[str, Any]) -> SpanClassifier:
+        """See SequenceClassifier."""
+        return cls(pretrained, seed=0)
+
     def forward(self, layout: Layout) -> torch.Tensor:
         """Of the layout's needed slots, [R, 2]."""
         scores_R2: torch.Tensor = self.qa_outputs(self.bert(layout, is_predicted_only=True))
         return scores_R2.float()
+
+
+class Seq2SeqModel(PMLM):
+    """A PMLM with its pre-trained output layer, all of it under the released names."""
+
+    kind = "pmlm-seq2seq"
+
+    def __init__(self, pretrained: PMLM) -> None:
+        nn.Module.__init__(self)
+        self.config, self.bert, self.cls = pretrained.config, pretrained.bert, pretrained.cls
+
+    @classmethod
+    def of_task(cls, pretrained: PMLM, task: dict[str, Any]) -> Seq2SeqModel:
+        """See SequenceClassifier."""
+        return cls(pretrained)
+
+    def target_losses(self, layout: Layout, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of each target token of a `seq2seq_layout`, [T], and whether it is the likeliest."""
+        return self.cls.predictions.losses(self.encode_predicted(layout), layout.targets_T, label_smoothing)
 
 
 class _Pooler(nn.Module):
@@ -88,11 +116,11 @@ def _initialize(layers: list[nn.Linear], config: PMLMConfig, seed: int) -> None:
         nn.init.zeros_(layer.bias)
 
 
-_M = TypeVar("_M", SequenceClassifier, SpanClassifier)
+_M = TypeVar("_M", SequenceClassifier, SpanClassifier, Seq2SeqModel)
 
 
 def save_model(
-    folder: Path, model: SequenceClassifier | SpanClassifier, tokenizer: Tokenizer, task: dict[str, Any]
+    folder: Path, model: SequenceClassifier | SpanClassifier | Seq2SeqModel, tokenizer: Tokenizer, task: dict[str, Any]
 ) -> None:
     """Write the folder's files, each whole, the weights last; `task`: what config.json is to say of the task."""
     write_whole(folder / tokenizer.file_name, tokenizer.path.read_bytes())
@@ -123,7 +151,7 @@ def load_model(folder: Path, cls: type[_M]) -> tuple[_M, Tokenizer, dict[str, An
     if tokenizer.sha256 != config["tokenizer_sha256"]:
         raise ValueError(f"{tokenizer.path}: not the tokenizer this model was trained with")
     with torch.random.fork_rng(devices=[]):
-        model = cls(PMLM(PMLMConfig(**config["model"])), config["task"]["num_outputs"], seed=0)
+        model = cls.of_task(PMLM(PMLMConfig(**config["model"])), config["task"])
     weights = read_safetensors(folder / WEIGHTS)
     parameters = dict(model.named_parameters())
     refuse_unfit(folder / WEIGHTS, weights, {name: tuple(p.shape) for name, p in parameters.items()})

@@ -22,7 +22,8 @@ So a pseudo mask sees the originals of earlier turns alone, an original those of
 slots see context only, and nobody else sees a pseudo mask: no path of any length leads from an original to a pseudo
 mask that predicts it. `visible` is the rule; the grid is what it says.
 
-Sequence-to-sequence fine-tuning is the same rule: the source is the context, and every target token a turn of its own.
+Sequence-to-sequence fine-tuning is the same rule: the source is the context, with nothing masked in it, and every target token
+a turn of its own; the target's positions go on behind the source, its segment is 1.
 
 A batch's samples lie one behind the other, without padding: first a sample's context, then what is appended to it. Nobody
 sees another sample.
@@ -46,6 +47,7 @@ from data_prep.shards import SampleBatch
 
 CONTEXT, GIVEN, PSEUDO = 0, 1, 2
 PADDING_TURN = -1
+SOURCE_SEGMENT, TARGET_SEGMENT = 0, 1
 
 
 class Objective(str, Enum):
@@ -245,6 +247,57 @@ def encoder_layout(
         ae_places_T=None,
         par_places_T=None,
     )
+
+
+def seq2seq_layout(
+    sources: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    *,
+    mask_id: int,
+    turns: Sequence[Sequence[int]] | None = None,
+    given: Sequence[Sequence[int]] | None = None,
+) -> Layout:
+    """The layout of targets that are written behind sources: a pseudo mask predicts each target token.
+
+    `sources` and `targets` are the samples' tokens, special ones included. `turns`: that of each target token, from 1 and
+    from left to right; by default every token has its own. `given`: what later turns see in the originals' place, by
+    default the target. The last turn's originals are left out, as nobody sees them. Raises ValueError for lists that do not
+    fit together.
+    """
+    turns = [range(1, len(target) + 1) for target in targets] if turns is None else turns
+    given = targets if given is None else given
+    lengths = [[*map(len, lists)] for lists in (sources, targets, turns, given)]
+    if not sources or not all(map(all, lengths)) or len(sources) != len(targets) or lengths[1:] != lengths[1:2] * 3:
+        raise ValueError("expected sources, each with a target, none of them empty, and of each target token its turn")
+    slots: list[np.ndarray] = []
+    for source, target, turns_T, shown in zip(sources, targets, map(np.asarray, turns), given, strict=True):
+        if turns_T[0] != 1 or not np.isin(np.diff(turns_T), (0, 1)).all():
+            raise ValueError(f"expected turns 1, 2, ... from left to right, found {turns_T.tolist()}")
+        num_context, num_given, num_targets = len(source), int((turns_T < turns_T[-1]).sum()), len(target)
+        positions_T = num_context + np.arange(num_targets)
+        roles = np.repeat([CONTEXT, GIVEN, PSEUDO], [num_context, num_given, num_targets])
+        slots.append(np.stack([
+            np.array([*source, *shown[:num_given], *[mask_id] * num_targets], dtype=np.int64),
+            np.concatenate([np.arange(num_context), positions_T[:num_given], positions_T]),
+            np.where(roles == CONTEXT, SOURCE_SEGMENT, TARGET_SEGMENT),
+            roles,
+            np.concatenate([np.zeros(num_context, dtype=np.int64), turns_T[:num_given], turns_T]),
+        ]))  # fmt: skip
+    ids_N, positions_N, segments_N, roles_N, turns_N = map(torch.from_numpy, np.concatenate(slots, axis=1))
+    num_slots = np.array([of_sample.shape[1] for of_sample in slots])
+    targets_T = torch.from_numpy(np.array([*chain.from_iterable(targets)], dtype=np.int64))
+    return Layout(
+        ids_N=ids_N, positions_N=positions_N, segments_N=segments_N, roles_N=roles_N, turns_N=turns_N,
+        samples_N=torch.from_numpy(np.repeat(np.arange(len(slots)), num_slots)),
+        edges=_edges(num_slots),
+        context_lengths=tuple(lengths[0]),
+        num_tokens=sum(lengths[0]) + len(targets_T),
+        predicted_R=torch.nonzero(roles_N == PSEUDO)[:, 0],
+        predicted_edges=_edges(np.array(lengths[1])),
+        targets_T=targets_T,
+        ae_places_T=None,
+        par_places_T=torch.arange(len(targets_T)),
+    )  # fmt: skip
 
 
 def _filled(values: np.ndarray, least_length: int, filler: int) -> torch.Tensor:

@@ -317,9 +317,13 @@ class _PredictionHead(nn.Module):
     def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         return F.linear(self.transform(hidden_TH), self.decoder.weight, self.bias)
 
-    def losses(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(
+        self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, label_smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each prediction, and whether it is right, without all their logits at a time."""
-        return cross_entropy_in_chunks(self.transform(hidden_TH), self.decoder.weight, self.bias, targets_T)
+        return cross_entropy_in_chunks(
+            self.transform(hidden_TH), self.decoder.weight, self.bias, targets_T, label_smoothing
+        )
 
 
 class _Transform(_Dense):
