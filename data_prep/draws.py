@@ -19,6 +19,7 @@ class Decision(IntEnum):
     ORDER_IN_WINDOW = 4
     SHORT_SAMPLES = 5
     FINETUNING_ORDER = 6
+    SAMPLED_TOKENS = 8
 
 
 def draw_words(
@@ -57,3 +58,12 @@ def word_of(key: int | np.uint64, index: int) -> int:
 def unit_interval(word: int) -> float:
     """A number of [0, 1) from the upper 53 bits of a word."""
     return float(word >> np.uint64(11)) / 2**53
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def unit_intervals(keys: np.ndarray, index: int) -> np.ndarray:
+    """Of word `index` of each key, see `word_of`: float64."""
+    units = np.empty(len(keys))
+    for place in range(len(keys)):
+        units[place] = unit_interval(word_of(keys[place], index))
+    return units

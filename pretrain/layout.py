@@ -300,6 +300,34 @@ def seq2seq_layout(
     )  # fmt: skip
 
 
+def next_token_layout(last_R: torch.Tensor, positions_R: torch.Tensor, turn: int, *, mask_id: int) -> Layout:
+    """The two slots that a target's next token needs where all before it is remembered: the last token as an original,
+    and behind it the pseudo mask that predicts the next. R targets, each a sample without context.
+
+    `positions_R` and `turn` are those of the last token in `seq2seq_layout`. The attention is to be one that remembers
+    (finetune/search.py).
+    """
+    ids_R2 = torch.stack([last_R, torch.full_like(last_R, mask_id)], dim=1)
+    slots_N = torch.arange(2 * len(last_R), device=last_R.device)
+    is_pseudo_N = slots_N % 2
+    return Layout(
+        ids_N=ids_R2.flatten(),
+        positions_N=torch.stack([positions_R, positions_R + 1], dim=1).flatten(),
+        segments_N=torch.full_like(slots_N, TARGET_SEGMENT),
+        roles_N=torch.where(is_pseudo_N == 1, PSEUDO, GIVEN),
+        turns_N=turn + is_pseudo_N,
+        samples_N=slots_N // 2,
+        edges=tuple(range(0, len(slots_N) + 1, 2)),
+        context_lengths=(0,) * len(last_R),
+        num_tokens=0,
+        predicted_R=slots_N[1::2],
+        predicted_edges=tuple(range(len(last_R) + 1)),
+        targets_T=slots_N[:0],
+        ae_places_T=None,
+        par_places_T=None,
+    )
+
+
 def _filled(values: np.ndarray, least_length: int, filler: int) -> torch.Tensor:
     filled = np.full(max(len(values), least_length), filler, dtype=np.int64)
     filled[: len(values)] = values

@@ -119,9 +119,12 @@ class PMLM(nn.Module):
         hidden_NH: torch.Tensor = self.bert(layout)
         return hidden_NH
 
-    def encode_predicted(self, layout: Layout) -> torch.Tensor:
-        """Those of the slots that are predicted from, [R, H]; the last layer computes no others."""
-        hidden_RH: torch.Tensor = self.bert(layout, is_predicted_only=True)
+    def encode_predicted(self, layout: Layout, attention: Attention | None = None) -> torch.Tensor:
+        """Those of the slots that are predicted from, [R, H]; the last layer computes no others.
+
+        `attention`: in place of the layout's own, one that remembers earlier slots (finetune/search.py).
+        """
+        hidden_RH: torch.Tensor = self.bert(layout, is_predicted_only=True, attention=attention)
         return hidden_RH
 
     def predict(self, hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -183,8 +186,10 @@ class _Bert(nn.Module):
         self.embeddings = _Embeddings(config)
         self.encoder = _Encoder(config)
 
-    def forward(self, layout: Layout, is_predicted_only: bool = False) -> torch.Tensor:
-        return self.encoder(self.embeddings(layout), layout, is_predicted_only)  # type: ignore[no-any-return]
+    def forward(
+        self, layout: Layout, is_predicted_only: bool = False, attention: Attention | None = None
+    ) -> torch.Tensor:
+        return self.encoder(self.embeddings(layout), layout, is_predicted_only, attention)  # type: ignore[no-any-return]
 
 
 class _Embeddings(nn.Module):
@@ -219,10 +224,16 @@ class _Encoder(nn.Module):
             else None
         )
 
-    def forward(self, hidden_NH: torch.Tensor, layout: Layout, is_predicted_only: bool) -> torch.Tensor:
+    def attention_of(self, layout: Layout) -> Attention:
+        """The chosen backend's attention of a batch."""
         dropout_rate = self.dropout if self.training else 0.0
         backend = choose_backend(layout, dropout_rate) if self.attention == "auto" else self.attention
-        attention = make_attention(backend, layout, self.rel_pos_bias, dropout_rate)
+        return make_attention(backend, layout, self.rel_pos_bias, dropout_rate)
+
+    def forward(
+        self, hidden_NH: torch.Tensor, layout: Layout, is_predicted_only: bool, attention: Attention | None = None
+    ) -> torch.Tensor:
+        attention = attention or self.attention_of(layout)
         for index, layer in enumerate(self.layer, start=1):
             slots_R = layout.predicted_R if is_predicted_only and index == len(self.layer) else None
             if self.activation_checkpointing and self.training:
