@@ -26,8 +26,6 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -619,9 +617,9 @@ class _OfNextTokens:
 
 def _attend(
     queries_BHQD: torch.Tensor, keys_BHDM: torch.Tensor, values_BHMD: torch.Tensor, bias_BHQM: torch.Tensor
-) -> Any:
+) -> torch.Tensor:
     scale = queries_BHQD.shape[-1] ** -0.5
-    bias_BHQM = bias_BHQM.expand(*queries_BHQD.shape[:3], -1).flatten(0, 1)
-    scores = torch.baddbmm(bias_BHQM, queries_BHQD.flatten(0, 1), keys_BHDM.flatten(0, 1), alpha=scale)
+    bias = bias_BHQM.expand(*queries_BHQD.shape[:3], -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, queries_BHQD.flatten(0, 1), keys_BHDM.flatten(0, 1), alpha=scale)
     attended = torch.bmm(torch.softmax(scores, dim=-1), values_BHMD.flatten(0, 1))
     return attended.view(queries_BHQD.shape)
