@@ -69,7 +69,7 @@ def read_pairs(
 
     Raises ValueError or OSError, naming file and line, for what cannot be read.
     """
-    if question_generation and path.suffix == ".json" and not _is_lines(path):
+    if question_generation and path.suffix == ".json" and not is_lines(path):
         file = read_squad(path)
         asked = [question for question in file.questions if question.answers]
         if not asked:
@@ -88,7 +88,7 @@ def read_pairs(
     return Pairs(path, [row[:num_parts] for row in table.rows], targets, table.where)
 
 
-def _is_lines(path: Path) -> bool:
+def is_lines(path: Path) -> bool:
     """Whether its first line is an object of its own, and none of SQuAD's."""
     with open(path, encoding="utf-8", errors="replace") as file:
         try:
