@@ -8,6 +8,7 @@ train    on pairs in JSON lines {"src": ..., "tgt": ...}, TSV, CSV or Parquet; f
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,10 +20,11 @@ import torch
 from torch import nn
 
 from data_prep.console import ArgumentParser, add_flags, flag_values, progress_bar
-from data_prep.draws import Decision, draw_words
+from data_prep.draws import Decision, draw_words, unit_interval
+from data_prep.files import write_whole
 from data_prep.masking import block_draw
 from data_prep.tokenizer import Tokenizer
-from finetune.batches import prediction_batches
+from finetune.batches import epoch_order, prediction_batches
 from finetune.model import Seq2SeqModel
 from finetune.pairs import Examples, PairColumns, Pairs, are_filled, make_examples, read_pairs
 from finetune.processes import Processes
@@ -36,9 +38,14 @@ from finetune.runs import (
     settings_of,
     train_all,
 )
+from finetune.score import text_scores
+from finetune.search import Rules, decode
 from finetune.seq2seq_model import Seq2SeqSettings, save_seq2seq
 from finetune.trainer import TrainSettings
 from pretrain.model import PMLM
+
+WRITTEN = "written.jsonl"
+"""In the model's folder: what it wrote in validation."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "cnndm": {
@@ -81,8 +88,16 @@ class TargetSettings:
 class ValidationSettings:
     """What the best weights are chosen by."""
 
-    best_by: Literal["loss"] = "loss"
-    """What is best in validation."""
+    best_by: Literal["loss", "rouge_l", "exact_match"] = "loss"
+    """The best weights have the lowest loss, or the highest ROUGE-L or exact match of what they write in validation."""
+    generated_pairs: int = 64
+    """Targets written in each validation, of pairs drawn from the file, for ROUGE-L and exact match; 0 = none."""
+
+    def __post_init__(self) -> None:
+        if self.generated_pairs < 0:
+            raise ValueError(f"generated_pairs is {self.generated_pairs}, expected at least 0")
+        if self.best_by != "loss" and not self.generated_pairs:
+            raise ValueError(f"--best_by {self.best_by}: needs --generated_pairs")
 
 
 class TargetNoise:
@@ -99,7 +114,7 @@ class TargetNoise:
             return turns, target
         words = draw_words(self._seed, Decision.SEQ2SEQ_TARGETS, sample, 1, 2 * self._max_tokens, variant=epoch)[0]
         of_masks, of_blocks = words[: self._max_tokens], words[self._max_tokens :]
-        is_hidden = (of_masks[: len(target)] >> np.uint64(11)) / 2**53 < settings.target_mask_prob
+        is_hidden = np.array([unit_interval(word) for word in of_masks[: len(target)]]) < settings.target_mask_prob
         if settings.target_blocks:
             lengths = [block_draw(word, 1)[1] for word in of_blocks[: len(target)]]
             turns = np.repeat(turns, lengths)[: len(target)]
@@ -115,10 +130,12 @@ class Seq2SeqTask:
 
     def __init__(
         self, model: Seq2SeqModel, tokenizer: Tokenizer, settings: Seq2SeqSettings, of_targets: TargetSettings,
-        train: Examples, validation: Examples, processes: Processes, seed: int,
+        of_validation: ValidationSettings, train: Examples, validation: Examples, processes: Processes, seed: int,
     ) -> None:  # fmt: skip
         self._model, self._tokenizer, self._settings = model.to(processes.device), tokenizer, settings
         self._train, self._validation, self._processes = train, validation, processes
+        self._of_validation = of_validation
+        self._written: list[dict[str, str]] = []
         self._smoothing = of_targets.label_smoothing
         self._noise = TargetNoise(of_targets, tokenizer, settings.max_target_tokens, seed)
         self._mean_target_tokens = float(train.target_lengths.mean())
@@ -134,7 +151,9 @@ class Seq2SeqTask:
     def validate(self) -> dict[str, float]:
         """See Task; loss and accuracy are of a target token, without label smoothing."""
         loss, accuracy = self._loss_and_accuracy()
-        return {"score": -loss, "loss": loss, "token_accuracy": accuracy}
+        values = {"loss": loss, "token_accuracy": accuracy, **self._scores_of_written()}
+        best_by = self._of_validation.best_by
+        return {"score": -loss if best_by == "loss" else values[best_by], **values}
 
     def _loss_and_accuracy(self) -> tuple[float, float]:
         processes, examples = self._processes, self._validation
@@ -151,8 +170,31 @@ class Seq2SeqTask:
         num_tokens = int(examples.target_lengths.sum())
         return loss / num_tokens, num_correct / num_tokens
 
+    def _scores_of_written(self) -> dict[str, float]:
+        """ROUGE-L and exact match of targets written for some pairs, always the same."""
+        examples, tokenizer, processes = self._validation, self._tokenizer, self._processes
+        chosen = epoch_order(0, 0, len(examples.targets))[: self._of_validation.generated_pairs]
+        if not len(chosen):
+            return {}
+        settings = self._settings.search()
+        mine = chosen[processes.rank :: processes.world_size].tolist()
+        found = decode(self._model, Rules.of(tokenizer, settings), [examples.sources[i] for i in mine], settings)
+        written: dict[int, str] = {}
+        for part in processes.gather(
+            {i: tokenizer.decode(of_one.hypotheses[0].tokens) for i, of_one in zip(mine, found, strict=True)}
+        ):
+            written.update(part)
+        self._written = [
+            {"src": tokenizer.decode(examples.sources[i]), "tgt": tokenizer.decode(examples.targets[i]), "text": written[i]}
+            for i in chosen.tolist()
+        ]  # fmt: skip
+        scores, _ = text_scores([row["text"] for row in self._written], [[row["tgt"]] for row in self._written])
+        return {name: scores[name] for name in ("rouge_l", "exact_match")}
+
     def save(self, folder: Path) -> None:
         """See Task."""
+        lines = [json.dumps(row, ensure_ascii=False) for row in self._written]
+        write_whole(folder / WRITTEN, "".join(f"{line}\n" for line in lines).encode())
         save_seq2seq(folder, self._model, self._tokenizer, self._settings)
 
 
@@ -184,8 +226,9 @@ def counts(path: Path, examples: Examples, settings: Seq2SeqSettings) -> str:
 
 
 def train(
-    start: StartSettings, settings: TrainSettings, of_model: Seq2SeqSettings, of_targets: TargetSettings, train_file: Path,
-    validation_file: Path, columns: PairColumns | None = None, processes: Processes | None = None,
+    start: StartSettings, settings: TrainSettings, of_model: Seq2SeqSettings, of_targets: TargetSettings,
+    of_validation: ValidationSettings, train_file: Path, validation_file: Path, columns: PairColumns | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune; returns the summary."""
     processes, columns = processes or Processes(), columns or PairColumns()
@@ -201,12 +244,14 @@ def train(
     def make_task(model: PMLM, of_run: TrainSettings) -> tuple[nn.Module, Seq2SeqTask]:
         writer = Seq2SeqModel(model)
         task = Seq2SeqTask(
-            writer, tokenizer, of_model, of_targets, examples[train_file], examples[validation_file], processes, of_run.seed
+            writer, tokenizer, of_model, of_targets, of_validation, examples[train_file], examples[validation_file],
+            processes, of_run.seed,
         )  # fmt: skip
         return writer, task
 
     identity = {
-        **asdict(of_model), **asdict(of_targets), **asdict(columns), **fingerprint(pretrained.model, [*pairs]),
+        **asdict(of_model), **asdict(of_targets), **asdict(of_validation), **asdict(columns),
+        **fingerprint(pretrained.model, [*pairs]),
     }  # fmt: skip
     return train_all(start, settings, pretrained.model, identity, processes, make_task)
 
@@ -221,7 +266,7 @@ def make_parser() -> tuple[ArgumentParser, ArgumentParser]:
                           help="pairs that the best weights are chosen by")  # fmt: skip
     training.add_argument("--recipe", choices=[*RECIPES], help="the paper's settings for CNN/DailyMail, XSum or question "
                           "generation, in place of the defaults below; other flags given go before them")  # fmt: skip
-    for cls in (PairColumns, Seq2SeqSettings, TargetSettings):
+    for cls in (PairColumns, Seq2SeqSettings, TargetSettings, ValidationSettings):
         add_flags(training, cls)
     add_train_flags(
         training, without=["max_length_tokens", "grid"], output=Path("runs/seq2seq"), learning_rate=7e-5, batch_size=64
@@ -246,13 +291,14 @@ def main() -> int:
     def command(processes: Processes) -> None:
         of: Mapping[type, Any] = {
             cls: cls(**flag_values(args, [field.name for field in fields(cls)]))
-            for cls in (PairColumns, Seq2SeqSettings, TargetSettings)
+            for cls in (PairColumns, Seq2SeqSettings, TargetSettings, ValidationSettings)
         }
         of_model = of[Seq2SeqSettings]
         args.max_length_tokens = of_model.max_positions
         start, settings = settings_of(args)
         train(
-            start, settings, of_model, of[TargetSettings], args.train_file, args.validation_file, of[PairColumns], processes
+            start, settings, of_model, of[TargetSettings], of[ValidationSettings], args.train_file, args.validation_file,
+            of[PairColumns], processes,
         )  # fmt: skip
         say(processes, f"{start.output}: write with `python -m finetune.generate --model {start.output}`")
 
