@@ -19,6 +19,7 @@ class Decision(IntEnum):
     ORDER_IN_WINDOW = 4
     SHORT_SAMPLES = 5
     FINETUNING_ORDER = 6
+    SEQ2SEQ_TARGETS = 7
     SAMPLED_TOKENS = 8
 
 

@@ -89,6 +89,10 @@ class Tokenizer(ABC):
         """The vocabulary entry itself, with its mark of a word's start (`▁`) or inside (`##`)."""
 
     @abstractmethod
+    def id_of_piece(self, piece: str) -> int:
+        """The id of a vocabulary entry, special ones included; `unk_id` for what is none."""
+
+    @abstractmethod
     def surface(self, token_id: int) -> str:
         """The vocabulary entry without that mark."""
 
@@ -178,6 +182,9 @@ class SentencePiece(Tokenizer):
     def piece(self, token_id: int) -> str:
         return str(self._model.id_to_piece(int(token_id)))
 
+    def id_of_piece(self, piece: str) -> int:
+        return int(self._model.piece_to_id(piece))
+
     def surface(self, token_id: int) -> str:
         return self.piece(token_id).removeprefix(_WORD_START)
 
@@ -256,6 +263,10 @@ class WordPiece(Tokenizer):
 
     def piece(self, token_id: int) -> str:
         return self._pieces[token_id]
+
+    def id_of_piece(self, piece: str) -> int:
+        token_id = self._model.token_to_id(piece)
+        return self.unk_id if token_id is None else int(token_id)
 
     def surface(self, token_id: int) -> str:
         return self._pieces[token_id].removeprefix(self._prefix)

@@ -75,7 +75,7 @@ class DataSettings:
 class Labelled:
     """Texts with labels."""
 
-    table: Table
+    table: Table[str]
     num_texts: int
 
     @property
@@ -199,7 +199,7 @@ class ClassifyTask:
         if target.is_regression:
             self._targets = ((torch.tensor(train.labels, dtype=torch.float64) - target.mean) / target.scale).float()
 
-    def loss(self, samples: Sequence[int]) -> torch.Tensor:
+    def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """See Task."""
         return self._classifier.loss(self._inputs, self._targets, samples)
 
@@ -265,7 +265,7 @@ def train(
     return summary
 
 
-def tell_counts(processes: Processes, table: Table, inputs: Inputs, max_length_tokens: int) -> None:
+def tell_counts(processes: Processes, table: Table[str], inputs: Inputs, max_length_tokens: int) -> None:
     """What was read, and what was lost of it."""
     line = f"{table.path}: {len(table.rows):,} rows"
     if table.num_skipped:

@@ -45,7 +45,7 @@ class AnswerTask:
         self._answerer, self._train, self._validation, self._is_v2 = answerer, train, validation, is_v2
         self.lengths = train.lengths
 
-    def loss(self, samples: Sequence[int]) -> torch.Tensor:
+    def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """See Task."""
         return self._answerer.loss(self._train, samples)
 
@@ -169,7 +169,7 @@ def main() -> int:
     training.add_argument("--validation_file", type=Path, metavar="PATH", required=True,
                           help="SQuAD's JSON that the best weights and the threshold are chosen by")  # fmt: skip
     add_flags(training, AnswerSettings)
-    add_train_flags(training, output=Path("runs/question_answering"), epochs=4, max_length_tokens=384)
+    add_train_flags(training, without=["grid"], output=Path("runs/question_answering"), epochs=4, max_length_tokens=384)
     predicting = commands.add_parser("predict", help="predict", description="Answer questions.")
     predicting.add_argument("--model", type=Path, default=Path("runs/question_answering"), help="what `train` wrote")
     predicting.add_argument("--question", metavar="TEXT", help="the question")
@@ -183,8 +183,6 @@ def main() -> int:
             predict(args, processes)
             return
         start, settings = settings_of(args)
-        if start.grid:
-            raise ValueError("--grid is the paper's search for GLUE; python -m finetune.classify has it")
         reading = AnswerSettings(**flag_values(args, [field.name for field in fields(AnswerSettings)]))
         train(start, settings, reading, args.train_file, args.validation_file, processes)
 

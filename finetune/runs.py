@@ -1,4 +1,4 @@
-"""What both commands share: where a model comes from, one training or many, and which was best."""
+"""What the commands share: where a model comes from, one training or many, and which was best."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ class StartSettings:
             raise ValueError(f"--seeds {self.seeds}: expected at least 1")
 
 
-def add_train_flags(parser: ArgumentParser, **defaults: Any) -> None:
+def add_train_flags(parser: ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
     """Flags of StartSettings and TrainSettings."""
-    add_flags(parser, StartSettings)
+    add_flags(parser, StartSettings, only=[field.name for field in fields(StartSettings) if field.name not in without])
     add_flags(parser, TrainSettings)
     parser.set_defaults(**defaults)
 
 
 def settings_of(args: Any) -> tuple[StartSettings, TrainSettings]:
     """What the flags say. Raises ValueError for what they may not be."""
-    start = StartSettings(**flag_values(args, [field.name for field in fields(StartSettings)]))
+    start = StartSettings(**flag_values(args, [field.name for field in fields(StartSettings) if field.name in args]))
     train = TrainSettings(**flag_values(args, [field.name for field in fields(TrainSettings)]))
     if start.grid:
         for name, values in GRID.items():

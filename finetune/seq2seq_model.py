@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_prep.tokenizer import Tokenizer
 from finetune.model import Seq2SeqModel, load_model, save_model
+from finetune.search import SearchSettings
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Seq2SeqSettings:
     def max_positions(self) -> int:
         """That the position table must have."""
         return self.max_source_tokens + self.max_target_tokens
+
+    def search(self) -> SearchSettings:
+        """How targets are decoded unless it is told otherwise."""
+        return SearchSettings(
+            num_beams=self.num_beams, length_penalty=self.length_penalty, max_length_tokens=self.max_target_tokens
+        )
 
 
 def source_ids(tokenizer: Tokenizer, parts: Sequence[Sequence[int]], max_source_tokens: int) -> tuple[list[int], int]:

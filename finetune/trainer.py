@@ -96,8 +96,8 @@ class Task(Protocol):
     lengths: np.ndarray
     """Tokens of each sample to train on."""
 
-    def loss(self, samples: Sequence[int]) -> torch.Tensor:
-        """The samples' losses, added up."""
+    def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
+        """The samples' losses, added up; what is drawn anew for each epoch depends on it."""
 
     def validate(self) -> dict[str, float]:
         """Metrics; the one named `score` is better if higher."""
@@ -258,7 +258,7 @@ class Trainer:
                 continue
             torch.manual_seed(seed_for("dropout", settings.seed, step, place))
             with autocast(processes.device, settings.precision):
-                loss = self._task.loss(samples.tolist()) / len(batch)
+                loss = self._task.loss(samples.tolist(), epoch) / len(batch)
             loss.backward()
             loss_sum += loss.detach()
         processes.sum(self._gradients)
