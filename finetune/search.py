@@ -37,6 +37,7 @@ from pretrain.layout import CONTEXT, GIVEN, PADDING_TURN, PSEUDO, Layout, next_t
 from pretrain.model import PMLM
 
 _WORD_SEPARATOR = "|"
+_DECIMALS = 6  # of a log-probability: less than what rounding in another batch changes
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class SearchSettings:
     """Results of each source, best first; with --sampling, draws."""
     length_penalty: float = 1.0
     """Results are ranked by log-probability / (tokens ** this), [EOS] counted; more favours longer ones."""
+    released_length_penalty: bool = False
+    """Rank by log-probability / (((5 + tokens) / 6) ** length_penalty), as UniLM's released code does: the paper's values are for it."""
     min_length_tokens: int = 0
     """Fewest tokens of a result, [EOS] not counted."""
     max_length_tokens: int = 64
@@ -96,7 +99,8 @@ class SearchSettings:
 
     def score(self, log_probability: float, num_tokens: int) -> float:
         """That hypotheses are ranked by."""
-        return float(log_probability / num_tokens**self.length_penalty)
+        length = (5 + num_tokens) / 6 if self.released_length_penalty else num_tokens
+        return float(log_probability / length**self.length_penalty)
 
 
 @dataclass(frozen=True)
@@ -317,9 +321,9 @@ class Search:
         rows, ranks = np.nonzero(is_hypothesis_BK)
         if len(rows):
             parents, tokens, totals = (x[rows, ranks].tolist() for x in (parents_BC, tokens_BC, totals_BC))
-            for row, *end in zip(rows.tolist(), parents, tokens, totals, strict=True):
-                ends[row].append(tuple(end))
-                self._end(row, *end)
+            for row, parent, token, total in zip(rows.tolist(), parents, tokens, totals, strict=True):
+                ends[row].append((parent, token, round(total, _DECIMALS)))
+                self._end(row, *ends[row][-1])
         best_B = totals_BK.amax(dim=1).tolist()
         if self._traces is not None:
             for row, (parents, tokens) in enumerate(zip(parents_BK.tolist(), tokens_BK.tolist(), strict=True)):
