@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.train_step import Step, Text, interleaved_seconds
+from benchmarks.text import Text
+from benchmarks.train_step import Step, interleaved_seconds
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
 from data_prep.files import write_whole
 from pretrain.attention import AttentionBackend, RelativePositionBias, make_attention

@@ -31,8 +31,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.text import make_data, make_tokenizer
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error, progress_bar
 from data_prep.files import read_json, write_json
+from data_prep.parameters import BuildParameters
 from pretrain.checkpoint import checkpoints_folder, newest_whole
 from pretrain.metrics import read_records
 from pretrain.watchdog import RETRY_STATUS
@@ -488,7 +490,10 @@ def _run(args: Any) -> int:
     started = time.time()
     with tempfile.TemporaryDirectory() as name, progress_bar("chaos", args.faults + 2, "part") as bar:
         work = Path(name)
-        data = _make_data(work)
+        corpus = sorted(Path("sample_corpus/pride_and_prejudice").glob("chapter_0*.txt"))
+        tokenizer = make_tokenizer(corpus, work / "tokenizer.model", vocab_size=500)
+        parameters = BuildParameters(max_length_tokens=32, mask_sets=2, validation_fraction=0.1, shard_samples=512)
+        data = make_data(corpus, tokenizer.path, work / "set", parameters)
         for is_exact, total in ((True, steps), (False, rounded_steps)):
             name = "exact" if is_exact else "rounded"
             reference = Run(work / f"{name}-in-peace", args.disk, data, total, is_exact=is_exact)
@@ -545,23 +550,6 @@ def table(faults: Sequence[Fault]) -> list[str]:
             f"{sum(seconds) / len(seconds):.1f} ({max(seconds):.1f}) |"
         )
     return lines
-
-
-def _make_data(folder: Path) -> Path:
-    from data_prep.build import build
-    from data_prep.corpus import find_sources, read_documents
-    from data_prep.mixture import Corpus
-    from data_prep.parameters import BuildParameters
-    from data_prep.processes import LocalProcesses
-    from data_prep.tokenizer import train_tokenizer
-
-    corpus = sorted(Path("sample_corpus/pride_and_prejudice").glob("chapter_0*.txt"))
-    lines = (line for document in read_documents(find_sources(corpus)) for line in document.lines)
-    train_tokenizer(lines, folder / "tokenizer.model", vocab_size=500)
-    parameters = BuildParameters(max_length_tokens=32, mask_sets=2, validation_fraction=0.1, shard_samples=512)
-    with LocalProcesses(1) as processes:
-        build([Corpus(corpus)], folder / "tokenizer.model", folder / "set", parameters, processes)
-    return folder / "set"
 
 
 if __name__ == "__main__":

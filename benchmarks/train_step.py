@@ -36,15 +36,10 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from data_prep.build import build
+from benchmarks.text import Text
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
-from data_prep.corpus import find_sources, read_documents
 from data_prep.files import write_whole
-from data_prep.mixture import Corpus
-from data_prep.parameters import BuildParameters
-from data_prep.processes import LocalProcesses
-from data_prep.shards import DataSet, SampleBatch
-from data_prep.tokenizer import train_tokenizer
+from data_prep.shards import SampleBatch
 from pretrain.attention import RelativePositionBias, relative_position_bucket
 from pretrain.dropout import Dropout
 from pretrain.flops import step_flops
@@ -52,7 +47,6 @@ from pretrain.layout import PADDING_TURN, Layout, Objective, pseudo_masked_layou
 from pretrain.model import PMLM, PMLMConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TOKENIZER_ENTRIES = 8000  # of the sample corpus, which is small; the models have more
 OURS, BERT, DENSE, SEPARATE, COMPILED = "AE+PAR", "BERT", "dense", "AE, then PAR", "compiled"
 Step = Callable[[], float]
 
@@ -268,29 +262,6 @@ def _memory_bytes(field: str) -> int:
 def _prepare(num_threads: int) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(num_threads)
-
-
-class Text:
-    """Samples of real text, of any length."""
-
-    def __init__(self, corpus: Path, folder: Path) -> None:
-        self._corpus, self._folder = corpus, folder
-        lines = (line for document in read_documents(find_sources([corpus])) for line in document.lines)
-        self._tokenizer = train_tokenizer(lines, folder / "tokenizer.model", vocab_size=_TOKENIZER_ENTRIES)
-        self.mask_id = self._tokenizer.mask_id
-        self._batches: dict[int, SampleBatch] = {}
-
-    def batch(self, length_tokens: int, num_samples: int) -> SampleBatch:
-        """The longest samples of at most `length_tokens`."""
-        if length_tokens not in self._batches:
-            folder = self._folder / str(length_tokens)
-            with LocalProcesses(available_cores()) as processes:
-                build([Corpus([self._corpus])], self._tokenizer.path, folder, BuildParameters(length_tokens), processes)
-            data = DataSet(folder)
-            self._batches[length_tokens] = data.read_samples("train", 0, data.num_samples("train")).as_int64()
-            data.close()
-        batch = self._batches[length_tokens]
-        return batch[batch.length_B.argsort()[::-1][:num_samples]]
 
 
 # ---- the program

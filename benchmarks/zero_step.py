@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from benchmarks.text import Text
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
 from data_prep.files import read_json, write_whole
 from data_prep.shards import SampleBatch
@@ -47,8 +48,6 @@ def main() -> int:
 
 
 def _run(args: Any) -> None:
-    from benchmarks.train_step import Text
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         zero = read_json(Path("ds_configs/zero2_local.json"))["zero_optimization"]

@@ -173,8 +173,13 @@ class SentencePiece(Tokenizer):
         return ids, np.array([len(of_text) // ids.itemsize for of_text in encoded], dtype=np.int64)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self._model.encode(text, out_type="offset_mapping")
-        return encoded["ids"], encoded["offsets"]
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for part in re.finditer("[^ ]+" if self.is_by_word else "(?s).+", text):
+            encoded, start = self._model.encode(part[0], out_type="offset_mapping"), part.start()
+            ids += encoded["ids"]
+            spans += [(start + first, start + end) for first, end in encoded["offsets"]]
+        return ids, spans
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._model.decode([int(i) for i in ids]))

@@ -234,7 +234,7 @@ def train(
     processes, columns = processes or Processes(), columns or PairColumns()
     pairs = {
         path: usable(read_pairs(path, columns, question_generation=of_model.question_generation), processes)
-        for path in (train_file, validation_file)
+        for path in dict.fromkeys((train_file, validation_file))
     }
     pretrained = load_start(start, processes)
     tokenizer = pretrained.tokenizer

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ranks import Ranks
 from slurm import start_slurm
-from support import REPOSITORY
+from support import REPOSITORY, TESTS_MARK, kill_left_processes
 from two_hosts import TwoHosts, start_two_hosts
 
-from data_prep.build import build
-from data_prep.corpus import find_sources, read_documents
-from data_prep.mixture import Corpus
+from benchmarks.text import make_data, make_tokenizer
 from data_prep.parameters import BuildParameters
-from data_prep.processes import LocalProcesses
-from data_prep.tokenizer import train_tokenizer
 
 LONGEST_FIRST = (
     "test_readme.py", "test_run.py", "test_restart.py", "test_launching.py", "test_slurm.py", "test_doctor.py", "test_engine.py", "test_export.py",
     "test_mpi.py", "test_command_line.py", "test_execution.py",
 )  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """Mark what the tests start; pytest's own worker processes inherit the mark."""
+    os.environ.setdefault(TESTS_MARK, uuid.uuid4().hex)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Also after Ctrl-C, leave nothing running."""
+    if not hasattr(session.config, "workerinput"):
+        kill_left_processes()
+
+
+@pytest.fixture(autouse=True)
+def end_what_it_started(request: pytest.FixtureRequest) -> Iterator[None]:
+    """So that a failed test does not take the cores from the next."""
+    yield
+    if "slow" in request.keywords:
+        kill_left_processes(request.node.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,12 +101,9 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     corpus = sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("chapter_0*.txt"))
     corpus.append(REPOSITORY / "sample_corpus" / "devils_dictionary.jsonl")
-    lines = (line for document in read_documents(find_sources(corpus)) for line in document.lines)
-    train_tokenizer(lines, folder / "tokenizer.model", vocab_size=1000)
+    tokenizer = make_tokenizer(corpus, folder / "tokenizer.model", vocab_size=1000)
     parameters = BuildParameters(max_length_tokens=64, mask_sets=2, validation_fraction=0.1, shard_samples=512)
-    with LocalProcesses(1) as processes:
-        build([Corpus(corpus)], folder / "tokenizer.model", folder / "set", parameters, processes)
-    return folder / "set"
+    return make_data(corpus, tokenizer.path, folder / "set", parameters)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ _PATIENCE_S = 30.0
 def start_slurm(folder: Path, num_nodes: int = 1, cores_per_node: int = 2) -> Iterator[dict[str, str]]:
     """Start it, hand out what `srun` and `sbatch` need in their environment, stop it with all its jobs.
 
-    Nodes are called n1, n2, ... and are all this machine. `srun --mpi=pmix` starts MPI ranks, which talk over TCP: by shared
+    Nodes are called n1, n2, ... and are all this machine. Jobs of the partition `urgent` preempt those of `all`. `srun --mpi=pmix` starts MPI ranks, which talk over TCP: by shared
     memory those of one "node" would meet those of another. Needs neither cgroups nor systemd.
     """
     user, host, munge_socket = getpass.getuser(), socket.gethostname().split(".")[0], folder / "munge.socket"
@@ -40,7 +40,8 @@ def start_slurm(folder: Path, num_nodes: int = 1, cores_per_node: int = 2) -> It
             f"NodeName=n{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cores_per_node}"
             for node in range(1, num_nodes + 1)
         ),
-        "PartitionName=all Nodes=ALL Default=YES State=UP",
+        "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE",
+        "PartitionName=all Nodes=ALL Default=YES State=UP GraceTime=90", "PartitionName=urgent Nodes=ALL PriorityTier=2 State=UP",
     ]  # fmt: skip
     (folder / "slurm.conf").write_text("\n".join(settings) + "\n")
     changes = {"SLURM_CONF": str(folder / "slurm.conf"), "OMPI_MCA_btl": "self,tcp"}

@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import sentencepiece
 
 from data_prep.files import write_manifest
@@ -22,6 +24,8 @@ from data_prep.shards import SampleBatch, batch_of
 from pretrain.checkpoint import FORMAT, VERSION
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TESTS_MARK = "PMLM_TESTS"
+"""Environment variable of every process that this pytest started."""
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50
@@ -91,6 +95,21 @@ def environment(**changes: str) -> dict[str, str]:
     the cores."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **changes}
+
+
+def kill_left_processes(test: str | None = None) -> None:
+    """Kill what the tests of this pytest started and did not end, or what the body of that test did.
+
+    A failed or interrupted test may leave a training that never ends, with no parent to find it by; the environment that
+    it was given tells whose it is.
+    """
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            given = process.environ()
+            if given.get(TESTS_MARK) != os.environ[TESTS_MARK] or process.pid == os.getpid():
+                continue
+            if test is None or given.get("PYTEST_CURRENT_TEST") == f"{test} (call)":
+                process.kill()
 
 
 def run_command(

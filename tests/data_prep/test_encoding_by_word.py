@@ -100,6 +100,10 @@ def test_a_lines_ids_are_those_of_its_words_and_of_the_library(kind: Tokenizer, 
     model, ids = library(kind.path), kind.encode([line]).tolist()
     assert ids == by_word(model, line)
     assert_ids_of_library(ids, model, line)
+    with_offsets, spans = kind.encode_with_offsets(line)
+    assert with_offsets == ids
+    assert all(0 <= first <= end <= len(line) for first, end in spans)
+    assert spans == sorted(spans)
 
 
 def test_real_text(kind: Tokenizer, lines: list[str]) -> None:
@@ -148,6 +152,9 @@ def test_a_tie_does_not_depend_on_what_is_before(tokenizer: Tokenizer, tmp_path:
     alone = changed.encode(["語語語"]).tolist()
     before = [" ".join(["acknowledged"] * num_words) for num_words in range(1, 200, 7)]
     ends = [changed.encode([f"{text} 語語語"]).tolist()[-3:] for text in before]
+    with_offsets = [changed.encode_with_offsets(f"{text} 語語語") for text in before]
+    assert [ids[-3:] for ids, _ in with_offsets] == ends
+    assert [spans[-1][1] for _, spans in with_offsets] == [len(text) + 4 for text in before]
     ends_in_library = [ids[-3:] for ids in library(path).encode([f"{text} 語語語" for text in before])]
     assert ends == [alone] * len(before)
     assert ends_in_library != ends

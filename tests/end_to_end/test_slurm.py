@@ -14,7 +14,7 @@ from support import REPOSITORY, deepspeed_json, environment
 from pretrain.metrics import read_records
 
 pytestmark = pytest.mark.slow
-STEPS = 40
+STEPS, ENDLESS = 40, 100_000
 
 
 class Cluster:
@@ -60,8 +60,10 @@ def cluster(slurm: dict[str, str], tmp_path: Path) -> Cluster:
 
 
 @pytest.fixture
-def flags(data_folder: Path, tmp_path: Path) -> list[str]:
-    schedule = {"warmup_max_lr": 1e-2, "warmup_num_steps": 1, "warmup_type": "linear", "total_num_steps": STEPS}
+def flags(request: pytest.FixtureRequest, data_folder: Path, tmp_path: Path) -> list[str]:
+    """Of a training of STEPS, or of as many as the test says by `indirect`."""
+    steps = getattr(request, "param", STEPS)
+    schedule = {"warmup_max_lr": 1e-2, "warmup_num_steps": 1, "warmup_type": "linear", "total_num_steps": steps}
     config = deepspeed_json(
         tmp_path / "ds.json", train_batch_size=8, scheduler={"type": "WarmupDecayLR", "params": schedule}
     )
@@ -71,8 +73,8 @@ def flags(data_folder: Path, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def num_trained(run: Path) -> int:
-    return sum(record["kind"] == "train" for record in read_records(run))
+def train_steps(run: Path) -> list[int]:
+    return [record["step"] for record in read_records(run) if record["kind"] == "train"]
 
 
 def test_a_job_told_to_stop_saves_is_requeued_and_finishes(cluster: Cluster, flags: list[str], tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_a_job_told_to_stop_saves_is_requeued_and_finishes(cluster: Cluster, fla
     run = tmp_path / "run"
     job = cluster.submit(*flags, "--run", str(run))
     chained = cluster.submit(f"--dependency=afterok:{job}", *flags, "--run", str(run))
-    cluster.wait_until(lambda: num_trained(run) > 0, job)
+    cluster.wait_until(lambda: train_steps(run) != [], job)
     cluster("scancel", "--signal=USR1", job)
     cluster.wait_until(lambda: cluster.state(job) == "PENDING", job)
     # Slurm puts a requeued job off for two minutes; in the second in which it was ended, a node would refuse it.
@@ -91,16 +93,55 @@ def test_a_job_told_to_stop_saves_is_requeued_and_finishes(cluster: Cluster, fla
     assert f"requeueing job {job}" in output
     assert "Restarts=1 " in cluster("scontrol", "--oneliner", "show", "job", job)
     records = read_records(run)
-    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert train_steps(run) == list(range(1, STEPS + 1))
     assert [(r["world_size"], r["resumed"]) for r in records if r["kind"] == "start"][:2] == [(2, False), (2, True)]
     assert "nothing left to train" in cluster.output(chained)
+
+
+@pytest.mark.parametrize("flags", [ENDLESS], indirect=True)
+def test_what_the_time_limit_ends_the_next_of_an_array_goes_on_with(
+    cluster: Cluster, flags: list[str], tmp_path: Path
+) -> None:
+    """Where jobs may not requeue themselves: tasks of an array, one at a time, on the same run."""
+    run = tmp_path / "run"
+    one_at_a_time = ["--array=1-2%1", "--no-requeue", "--signal=USR1@10", f"--output={tmp_path}/%A_%a.out"]
+    array = cluster.submit(*one_at_a_time, *flags, "--run", str(run))
+    first, second = f"{array}_1", f"{array}_2"
+    cluster.wait_until(lambda: train_steps(run) != [], first)
+    assert cluster.state(second) == "PENDING"
+    cluster("scontrol", "update", f"JobId={first}", "TimeLimit=1")  # Slurm looks at limits every half minute
+    cluster.wait_until(lambda: cluster.state(first) == "FAILED", first)
+    stop = next(record for record in read_records(run) if record["kind"] == "stop")
+    assert stop["reason"] == "SIGUSR1"
+    assert "submit it again" in cluster.output(first)
+    cluster.wait_until(lambda: len(train_steps(run)) > stop["step"], second)
+    assert train_steps(run) == list(range(1, len(train_steps(run)) + 1))
+    cluster("scancel", array)
+
+
+@pytest.mark.parametrize("flags", [ENDLESS], indirect=True)
+def test_a_job_that_another_goes_before_saves_and_comes_back(
+    cluster: Cluster, flags: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(*flags, "--run", str(run))
+    cluster.wait_until(lambda: train_steps(run) != [], job)
+    urgent = cluster("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
+    cluster.wait_until(lambda: cluster.state(urgent) == "COMPLETED", job, urgent)
+    assert cluster.state(job) == "PENDING"
+    stop = next(record for record in read_records(run) if record["kind"] == "stop")
+    assert stop["reason"] == "SIGTERM"
+    cluster("scontrol", "update", f"JobId={job}", "StartTime=now+3")
+    cluster.wait_until(lambda: len(train_steps(run)) > stop["step"], job)
+    assert train_steps(run) == list(range(1, len(train_steps(run)) + 1))
+    cluster("scancel", job)
 
 
 def test_scancel_saves_and_does_not_come_back(cluster: Cluster, flags: list[str], tmp_path: Path) -> None:
     """As a task of a job array, with its number in the run's name."""
     array = cluster.submit("--array=3", *flags, "--run", str(tmp_path / "sweep-%a"), "--seed", "%a")
     run = tmp_path / "sweep-3"
-    cluster.wait_until(lambda: num_trained(run) > 0, array)
+    cluster.wait_until(lambda: train_steps(run) != [], array)
     cluster("scancel", array)
     cluster.wait_until(lambda: cluster.state(array) == "CANCELLED", array)
     assert list((run / "checkpoints").glob("step*/manifest.json")), cluster.output(array)

@@ -21,15 +21,20 @@ def made_up(num_predictions: int, dtype: torch.dtype, vocab_size: int = 50) -> t
     return *(t.to(dtype).requires_grad_() for t in (hidden, weight, bias)), targets
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_chunks_equal_the_plain_way(dtype: torch.dtype, chunk: int) -> None:
+def test_chunks_equal_the_plain_way(dtype: torch.dtype, chunk: int, label_smoothing: float) -> None:
     hidden, weight, bias, targets = made_up(40, dtype)
     upstream = torch.linspace(-1, 2, 40)
     logits = F.linear(hidden, weight, bias)
-    expected = F.cross_entropy(logits if dtype == torch.float64 else logits.float(), targets, reduction="none")
+    expected = F.cross_entropy(
+        logits if dtype == torch.float64 else logits.float(), targets, reduction="none", label_smoothing=label_smoothing
+    )
     gradients = torch.autograd.grad(expected, (hidden, weight, bias), upstream.to(expected.dtype))
-    losses, is_correct = cross_entropy_in_chunks(hidden, weight, bias, targets, chunk_logits=50 * chunk)
+    losses, is_correct = cross_entropy_in_chunks(
+        hidden, weight, bias, targets, label_smoothing, chunk_logits=50 * chunk
+    )
     assert losses.dtype == expected.dtype
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(is_correct, logits.argmax(dim=1) == targets)

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from support import MASK, random_batch
 
 from data_prep.shards import SampleBatch
-from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, encoder_layout, pseudo_masked_layout, visible
+from pretrain.layout import (
+    CONTEXT,
+    GIVEN,
+    PSEUDO,
+    Layout,
+    Objective,
+    encoder_layout,
+    pseudo_masked_layout,
+    seq2seq_layout,
+    visible,
+)
 
 GRID = """
     1 1 1 1 1 1   . . .   . . .
@@ -185,3 +195,55 @@ def test_lists_that_do_not_fit_together_make_no_layout(
 ) -> None:
     with pytest.raises(ValueError, match="expected"):
         encoder_layout(ids, segments, needed)
+
+
+@pytest.mark.parametrize("turns", [[1, 2, 3, 4], [1, 1, 2, 3], [1, 2, 2, 2], [1, 1, 1, 1]])
+def test_seq2seq_is_the_rule_of_the_paper(turns: list[int]) -> None:
+    """Who attends to whom by PAPER's words, of one sample between others."""
+    source, target, shown = [11, 12, 13], [21, 22, 23, 24], [21, MASK, 23, 24]
+    layout = seq2seq_layout(
+        [[9], source, [8, 7]],
+        [[5], target, [6, 6]],
+        mask_id=MASK,
+        turns=[[1], turns, [1, 2]],
+        given=[[5], shown, [6, 6]],
+    )
+    originals = [i for i in range(4) if turns[i] < turns[-1]]  # nobody sees those of the last turn
+    slots = [*(("context", i, 0) for i in range(3)), *(("original", i, turns[i]) for i in originals),
+             *(("pseudo", i, turns[i]) for i in range(4))]  # fmt: skip
+    here = slice(layout.edges[1], layout.edges[2])
+    assert layout.edges[2] - layout.edges[1] == len(slots)
+    ids = {"context": lambda i: source[i], "original": lambda i: shown[i], "pseudo": lambda i: MASK}
+    assert layout.ids_N[here].tolist() == [ids[kind](i) for kind, i, _ in slots]
+    assert layout.positions_N[here].tolist() == [i if kind == "context" else 3 + i for kind, i, _ in slots]
+    assert layout.segments_N[here].tolist() == [int(kind != "context") for kind, _, _ in slots]
+
+    def may(query: tuple[str, int, int], key: tuple[str, int, int]) -> bool:
+        if key[0] == "context":
+            return True
+        if key[0] == "original":
+            return key[2] <= query[2] if query[0] == "original" else query[0] == "pseudo" and key[2] < query[2]
+        return query[0] == "pseudo" and key[2] == query[2]
+
+    seen = sees(layout)
+    np.testing.assert_array_equal(seen[here, here], [[may(query, key) for key in slots] for query in slots])
+    assert not seen[here, : here.start].any()
+    assert not seen[here, here.stop :].any()
+    assert layout.predicted_R[1:5].tolist() == [here.stop - 4 + i for i in range(4)]
+    assert layout.predicted_edges == (0, 1, 5, 7)
+    assert layout.targets_T.tolist() == [5, *target, 6, 6]
+    assert (layout.context_lengths, layout.num_tokens) == ((1, 3, 2), 13)
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "more"),
+    [
+        ([], [], {}), ([[]], [[1]], {}), ([[1]], [[]], {}), ([[1], [2]], [[1]], {}), ([[1]], [[1, 2]], {"turns": [[1]]}),
+        ([[1]], [[1, 2]], {"turns": [[2, 1]]}), ([[1]], [[1, 2]], {"turns": [[1, 3]]}), ([[1]], [[1]], {"given": [[1, 2]]}),
+    ],
+)  # fmt: skip
+def test_sources_and_targets_that_do_not_fit_together_make_no_layout(
+    sources: list[list[int]], targets: list[list[int]], more: dict[str, list[list[int]]]
+) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        seq2seq_layout(sources, targets, mask_id=MASK, **more)
