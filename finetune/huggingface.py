@@ -1,6 +1,7 @@
 """The folder that Hugging Face transformers opens, and our model classes among its own.
 
     FOLDER/config.json, model.safetensors                 named as in the released UniLMv2 checkpoints
+    FOLDER/generation_config.json                         how targets are decoded
     FOLDER/modeling_pmlm.py                               the code, so that the folder loads without this repository
     FOLDER/tokenizer.json, tokenizer_config.json          transformers' fast tokenizer
     FOLDER/tokenizer.model or pmlm_tokenizer.json         the tokenizer it was made of, for the way back
@@ -16,18 +17,27 @@ from typing import Any
 from safetensors.torch import save
 
 from data_prep.files import write_json, write_whole
-from data_prep.tokenizer import SentencePiece
+from data_prep.tokenizer import SentencePiece, Tokenizer
 from finetune.fast_tokenizer import fast_tokenizer, tokenizer_config
 from finetune.weights import CONFIG_NAMES, FIXED_CONFIG, ORIGIN, with_head
 from pretrain.export import CONFIG, WEIGHTS, StoredModel, unfinished_folder
 
-MODEL_TYPE = "pmlm"
+MODEL_TYPE, GENERATION_CONFIG = "pmlm", "generation_config.json"
 _CODE = Path(__file__).with_name("modeling_pmlm.py")
 _AUTO_CLASSES = {
     "AutoConfig": "PMLMConfig", "AutoModel": "PMLMModel", "AutoModelForMaskedLM": "PMLMForMaskedLM",
     "AutoModelForSequenceClassification": "PMLMForSequenceClassification",
-    "AutoModelForQuestionAnswering": "PMLMForQuestionAnswering",
+    "AutoModelForQuestionAnswering": "PMLMForQuestionAnswering", "AutoModelForSeq2SeqLM": "PMLMForConditionalGeneration",
 }  # fmt: skip
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """How transformers is to decode, so that it does as finetune/search.py: what is in no target, and an exact stopping rule."""
+    never = sorted({tokenizer.pad_id, tokenizer.sos_id, tokenizer.mask_id} - {tokenizer.eos_id})
+    return {
+        "decoder_start_token_id": tokenizer.sos_id, "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.sos_id,
+        "eos_token_id": tokenizer.eos_id, "suppress_tokens": never, "early_stopping": "never",
+    }  # fmt: skip
 
 
 def unilm_config(stored: StoredModel, tokenizer_file: str) -> dict[str, Any]:
@@ -57,7 +67,9 @@ def write_huggingface(output: Path, stored: StoredModel) -> None:
             "auto_map": {auto: f"{_CODE.stem}.{name}" for auto, name in _AUTO_CLASSES.items()},
             **unilm_config(stored, original),
             "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.sos_id, "eos_token_id": tokenizer.eos_id,
+            "mask_token_id": tokenizer.mask_id,
         })  # fmt: skip
+        write_json(folder / GENERATION_CONFIG, generation_config(tokenizer))
 
 
 def register() -> None:

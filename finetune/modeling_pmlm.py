@@ -1,31 +1,38 @@
 """PMLM for Hugging Face transformers: a post-LayerNorm BERT with T5's relative position bias, as an encoder.
 
-This file lies in every folder that holds such a model, and needs torch and transformers alone:
+`PMLMForConditionalGeneration` writes: a pseudo mask predicts each next token, as in UniLMv2's fine-tuning. This file lies in every folder that holds such a model, and needs torch and transformers alone:
 
     AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Names are those of the released UniLMv2 checkpoints. Layers take the bias to be added to the attention scores, whatever is in
-it: what is hidden has the most negative number. So a mode in which not every token sees every other, as generation is,
-needs another bias here and nothing else in the layers; there is none yet.
+it: what is hidden has the most negative number.
 
-Shapes: B texts of L tokens, H hidden size, A heads, D = H / A.
+Shapes: B texts of L tokens, H hidden size, A heads, D = H / A; in generation S source tokens, T target tokens at once, P before
+them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import (
+    BaseModelOutput,
     BaseModelOutputWithPooling,
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
     SequenceClassifierOutput,
 )
+
+_Remember = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From new slots' keys and values to those of all that they may see."""
 
 
 class PMLMConfig(PretrainedConfig):  # type: ignore[misc]
@@ -49,6 +56,7 @@ class PMLMConfig(PretrainedConfig):  # type: ignore[misc]
         rel_pos_bins: int = 32,
         max_rel_pos: int = 128,
         pad_token_id: int | None = 0,
+        mask_token_id: int | None = None,
         **others: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -64,6 +72,7 @@ class PMLMConfig(PretrainedConfig):  # type: ignore[misc]
         self.type_vocab_size = type_vocab_size
         self.rel_pos_bins = rel_pos_bins
         self.max_rel_pos = max_rel_pos
+        self.mask_token_id = mask_token_id
         super().__init__(pad_token_id=pad_token_id, **{"tie_word_embeddings": True, **others})
 
 
@@ -76,14 +85,23 @@ class _Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, vectors_BLH: torch.Tensor, token_type_ids_BL: torch.Tensor | None) -> torch.Tensor:
-        """`vectors_BLH`: the word embeddings."""
+    def forward(
+        self,
+        vectors_BLH: torch.Tensor,
+        token_type_ids_BL: torch.Tensor | None,
+        positions_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`vectors_BLH`: the word embeddings; positions are 0, 1, 2 ... by default."""
         length, table = vectors_BLH.shape[1], self.position_embeddings.weight
+        if positions_BL is None:
+            positions_BL = torch.arange(length, device=vectors_BLH.device)[None]
+        else:
+            length = int(positions_BL.max()) + 1
         if length > len(table):
             raise ValueError(f"a text has {length} tokens, and the model {len(table)} positions; truncate it")
         if token_type_ids_BL is None:
             token_type_ids_BL = torch.zeros(vectors_BLH.shape[:2], dtype=torch.long, device=vectors_BLH.device)
-        vectors_BLH = vectors_BLH + table[:length] + self.token_type_embeddings(token_type_ids_BL)
+        vectors_BLH = vectors_BLH + table[positions_BL] + self.token_type_embeddings(token_type_ids_BL)
         return self.dropout(self.LayerNorm(vectors_BLH))  # type: ignore[no-any-return]
 
 
@@ -95,10 +113,9 @@ class _RelativePositionBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.num_attention_heads, config.rel_pos_bins))
         self.max_distance = config.max_rel_pos
 
-    def forward(self, length: int) -> torch.Tensor:
-        """[A, L, L]."""
-        places = torch.arange(length, device=self.weight.device)
-        return self.weight[:, self._bucket(places[None, :] - places[:, None])]
+    def forward(self, queries_BQ: torch.Tensor, keys_BK: torch.Tensor) -> torch.Tensor:
+        """[B, A, Q, K] of positions."""
+        return self.weight[:, self._bucket(keys_BK[:, None, :] - queries_BQ[:, :, None])].transpose(0, 1)
 
     def _bucket(self, distance: torch.Tensor) -> torch.Tensor:
         half = self.weight.shape[1] // 2
@@ -117,10 +134,18 @@ class _SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None) -> torch.Tensor:
+    def project(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values, [3, B, A, L, D]."""
         biases = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(hidden_BLH, self.qkv_linear.weight, biases).unflatten(-1, (3, self.num_heads, -1))
-        queries_BALD, keys_BALD, values_BALD = qkv.permute(2, 0, 3, 1, 4)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def forward(
+        self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None, remember: _Remember | None = None
+    ) -> torch.Tensor:
+        queries_BALD, keys_BALD, values_BALD = self.project(hidden_BLH)
+        if remember is not None:
+            keys_BALD, values_BALD = remember(keys_BALD, values_BALD)
         rate = self.dropout_rate if self.training else 0.0
         attended_BALD = F.scaled_dot_product_attention(
             queries_BALD, keys_BALD, values_BALD, attn_mask=bias_BALL, dropout_p=rate
@@ -159,8 +184,10 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(config)
         self.output = _AddAndNorm(config.intermediate_size, config)
 
-    def forward(self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None) -> torch.Tensor:
-        attended_BLH = self.attention.output(self.attention.self(hidden_BLH, bias_BALL), hidden_BLH)
+    def forward(
+        self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None, remember: _Remember | None = None
+    ) -> torch.Tensor:
+        attended_BLH = self.attention.output(self.attention.self(hidden_BLH, bias_BALL, remember), hidden_BLH)
         return self.output(F.gelu(self.intermediate.dense(attended_BLH)), attended_BLH)  # type: ignore[no-any-return]
 
 
@@ -179,7 +206,10 @@ class _Encoder(nn.Module):
 
     def bias(self, attention_mask_BL: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Of reading: every token sees every token of its text that is not masked out."""
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(length)[None].to(dtype)
+        bias = None
+        if self.rel_pos_bias is not None:
+            places_1L = torch.arange(length, device=self.rel_pos_bias.weight.device)[None]
+            bias = self.rel_pos_bias(places_1L, places_1L).to(dtype)
         if attention_mask_BL is None:
             return bias
         hidden_B11L = (attention_mask_BL == 0)[:, None, None, :]
@@ -402,3 +432,147 @@ class PMLMForQuestionAnswering(PMLMPreTrainedModel):
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=encoded.hidden_states
         )
         return output.to_tuple() if _as_tuple(self, return_dict) else output
+
+
+class _SourceEncoder:
+    """Reads sources: the vectors before each layer, [B, S, layers x H]. No module, so that no weight has two names."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, bert: PMLMModel) -> None:
+        self._bert = bert
+
+    def forward(
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None, **_: Any,
+    ) -> Any:  # fmt: skip
+        """All of a source is of the first segment."""
+        encoded = self._bert(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=True, return_dict=True
+        )
+        return BaseModelOutput(last_hidden_state=torch.cat(encoded.hidden_states[:-1], dim=-1))
+
+    __call__ = forward
+
+
+class PMLMForConditionalGeneration(PMLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Writes a target for a source: `model.generate(input_ids, attention_mask=...)`.
+
+    To transformers it has an encoder and a decoder, of the same weights. The decoder is fed, for each token, the token as an
+    original, and a pseudo mask behind it that predicts the next. Originals see the source and the originals up to them, a pseudo
+    mask the originals before it and itself; originals' keys and values are in the cache, pseudo masks' are not. The
+    first token, decoder_start_token_id, is seen by nobody.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = PMLMForMaskedLM._tied_weights_keys
+
+    def __init__(self, config: PMLMConfig) -> None:
+        config = copy.deepcopy(config)
+        config.is_encoder_decoder = True
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.bos_token_id
+        super().__init__(config)
+        self.bert = PMLMModel(config)
+        self.cls = _Heads(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output embedding, which is the word embedding."""
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output embedding."""
+        self.cls.predictions.decoder = value
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        """What reads sources."""
+        return _SourceEncoder(self.bert)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """Logits [B, T, vocabulary] of the token behind each decoder token. `attention_mask` is the source's, padded behind;
+        `token_type_ids` are what tokenizers give, and of no effect: all of a source is of the first segment.
+
+        With `labels`, decoder tokens are by default those before them; labels of -100 do not count.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.get_encoder()(input_ids, attention_mask)
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("expected decoder_input_ids or labels")
+            start_B1 = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
+            decoder_input_ids = torch.cat([start_B1, labels[:, :-1].masked_fill(labels[:, :-1] == -100, 0)], dim=1)
+        if past_key_values is None and use_cache:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits = self._logits(encoder_outputs[0], attention_mask, decoder_input_ids, past_key_values)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        output = Seq2SeqLMOutput(
+            loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=encoder_outputs[0]
+        )
+        return output.to_tuple() if _as_tuple(self, return_dict) else output
+
+    def _logits(
+        self, states: torch.Tensor, attention_mask_BS: torch.Tensor | None, ids_BT: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        (num_texts, num_new), device = ids_BT.shape, ids_BT.device
+        if attention_mask_BS is None:
+            attention_mask_BS = torch.ones(states.shape[:2], dtype=torch.long, device=device)
+        num_before = 0 if cache is None else int(cache.get_seq_length())
+        lengths_B1 = attention_mask_BS.sum(dim=1, keepdim=True)
+        originals_P = torch.arange(num_before + num_new, device=device)
+        positions_BP = (lengths_B1 + originals_P - 1).clamp(min=0)
+        pseudo_BT = lengths_B1 + originals_P[num_before:]
+        queries_BQ = torch.cat([positions_BP[:, num_before:], pseudo_BT], dim=1)
+        sources_BS = torch.arange(states.shape[1], device=device).expand(num_texts, -1)
+        keys_BK = torch.cat([sources_BS, positions_BP, pseudo_BT], dim=1)
+
+        sees_original = (originals_P[num_before:, None] >= originals_P) & (originals_P > 0)
+        sees_pseudo = torch.eye(num_new, dtype=torch.bool, device=device)
+        own = torch.cat([sees_original.repeat(2, 1), torch.cat([torch.zeros_like(sees_pseudo), sees_pseudo])], dim=1)
+        is_source_BQS = (attention_mask_BS != 0)[:, None].expand(-1, 2 * num_new, -1)
+        is_visible_BQK = torch.cat([is_source_BQS, own.expand(num_texts, -1, -1)], dim=2)
+        bias = torch.zeros((), dtype=states.dtype, device=device)
+        if self.bert.encoder.rel_pos_bias is not None:
+            bias = self.bert.encoder.rel_pos_bias(queries_BQ, keys_BK).to(states.dtype)
+        bias = torch.where(is_visible_BQK[:, None], bias, torch.finfo(states.dtype).min)
+
+        slots_BQ = torch.cat([ids_BT, torch.full_like(ids_BT, self.config.mask_token_id)], dim=1)
+        embeddings = self.bert.embeddings
+        hidden = embeddings(embeddings.word_embeddings(slots_BQ), torch.ones_like(slots_BQ), queries_BQ)
+        for index, layer in enumerate(self.bert.encoder.layer):
+            state = states.unflatten(-1, (len(self.bert.encoder.layer), -1))[:, :, index]
+            hidden = layer(hidden, bias, _remember(index, layer, state, num_new, cache))
+        return self.cls.predictions(hidden[:, num_new:])  # type: ignore[no-any-return]
+
+
+def _remember(index: int, layer: Any, state: torch.Tensor, num_new: int, cache: Any) -> _Remember:
+    def remember(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        originals, pseudo = (
+            (keys[:, :, :num_new], values[:, :, :num_new]),
+            (keys[:, :, num_new:], values[:, :, num_new:]),
+        )
+        if cache is not None and cache.is_updated.get(index):
+            of_source = cache.cross_attention_cache.layers[index]
+            source = of_source.keys, of_source.values
+        else:
+            source = tuple(layer.attention.self.project(state)[1:])
+            if cache is not None:
+                source = cache.cross_attention_cache.update(*source, index)
+                cache.is_updated[index] = True
+        if cache is not None:
+            originals = cache.self_attention_cache.update(*originals, index)
+        together = [torch.cat(parts, dim=2) for parts in zip(source, originals, pseudo, strict=True)]
+        return together[0], together[1]
+
+    return remember

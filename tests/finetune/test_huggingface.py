@@ -16,9 +16,10 @@ from support import run_command
 from data_prep.tokenizer import Tokenizer
 from finetune.convert import ConvertSettings, convert
 from finetune.huggingface import register
+from finetune.search import Rules, SearchSettings, decode
 from finetune.weights import load_pretrained
 from pretrain.export import write_export
-from pretrain.layout import encoder_layout
+from pretrain.layout import encoder_layout, seq2seq_layout
 
 PAIRS = [("a man in want of a wife", "the truth"), ("good", "and for, it is!"), ("Truth (universally)", "I")]
 
@@ -186,3 +187,57 @@ def test_the_folder_loads_where_this_repository_is_not(sentence_piece: Tokenizer
     expected = our_logits(export, batch)
     torch.testing.assert_close(logits[batch["attention_mask"].bool()], expected, rtol=0, atol=1e-5)
     assert (tmp_path / "saved" / "modeling_pmlm.py").is_file()
+
+
+def our_targets(export: Path, batch: Any, settings: SearchSettings) -> list[list[tuple[int, ...]]]:
+    """Of each of the batch's texts."""
+    model = load_pretrained(export).model
+    sources = [row[keep].tolist() for row, keep in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
+    rules = Rules.of(load_pretrained(export).tokenizer, settings)
+    return [[h.tokens for h in found.hypotheses] for found in decode(model, rules, sources, settings)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs"),
+    [
+        (SearchSettings(num_beams=1, max_length_tokens=10), {}),
+        (SearchSettings(num_beams=4, num_best=3, max_length_tokens=10, length_penalty=0.7), {"length_penalty": 0.7}),
+        (
+            SearchSettings(num_beams=3, max_length_tokens=12, no_repeat_ngram=2, min_length_tokens=5),
+            {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
+        ),
+    ],
+)
+def test_generate_writes_what_we_write(
+    settings: SearchSettings, theirs: dict[str, Any], export: Path, folder: Path
+) -> None:
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer([a for a, _ in PAIRS], padding=True, return_tensors="pt")
+    assert 0 in batch["attention_mask"]
+    expected = our_targets(export, batch, settings)
+    for use_cache in (True, False):
+        written = model.generate(
+            **batch, num_beams=settings.num_beams, num_return_sequences=settings.num_best, do_sample=False,
+            max_new_tokens=settings.max_length_tokens, use_cache=use_cache, **theirs,
+        )  # fmt: skip
+        found = []
+        for row in written[:, 1:].tolist():
+            stop = row.index(tokenizer.sep_token_id) if tokenizer.sep_token_id in row else len(row)
+            found.append(tuple(row[:stop]))
+        assert found == [tokens for of_source in expected for tokens in of_source]
+
+
+def test_the_loss_of_labels_is_that_of_our_layout(export: Path, folder: Path) -> None:
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    ours = load_pretrained(export).model
+    sources, targets = [[3, 20, 21, 22, 4], [3, 23, 4]], [[24, 25, 4], [26, 4]]
+    layout = seq2seq_layout(sources, targets, mask_id=load_pretrained(export).tokenizer.mask_id)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(ours.predict(ours.encode_predicted(layout)), layout.targets_T)
+        loss = model(
+            torch.tensor([sources[0], [*sources[1], 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]),
+            labels=torch.tensor([targets[0], [*targets[1], -100]]),
+        ).loss  # fmt: skip
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
