@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.answerer import Answerer as Answerer
     from finetune.classifier import Classifier as Classifier
+    from finetune.writer import Writer as Writer
 
-__all__ = ["Answerer", "Classifier"]
+__all__ = ["Answerer", "Classifier", "Writer"]
 
 
 def __getattr__(name: str) -> Any:
-    """The two, loaded at their first use: `python -m finetune.convert` has no need of them."""
+    """These, loaded at their first use: `python -m finetune.convert` has no need of them."""
     import importlib
 
     if name not in __all__:

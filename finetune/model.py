@@ -132,17 +132,23 @@ def save_model(
         save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, partial)
 
 
-def load_model(folder: Path, cls: type[_M]) -> tuple[_M, Tokenizer, dict[str, Any]]:
-    """What `save_model` wrote, in eval mode: in a model's folder, a run's, or one of several runs, of which the best.
-
-    Raises ValueError or OSError, naming the file, for what is none, of another kind, or damaged.
-    """
+def model_folder(folder: Path) -> Path:
+    """Where the files are: the folder itself, a run's, or one of several runs', of which the best. Raises FileNotFoundError."""
     if (folder / SUMMARY).is_file():
         folder = folder / read_json(folder / SUMMARY)["best"]
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(2, "no fine-tuned model there; train one first", str(folder))
+    return folder
+
+
+def load_model(folder: Path, cls: type[_M]) -> tuple[_M, Tokenizer, dict[str, Any]]:
+    """What `save_model` wrote, in eval mode: in a model's folder, a run's, or one of several runs, of which the best.
+
+    Raises ValueError or OSError, naming the file, for what is none, of another kind, or damaged.
+    """
+    folder = model_folder(folder)
     config = read_json(folder / CONFIG)
     found = (config.get("format"), config.get("version")) if isinstance(config, dict) else None
     if found != (cls.kind, _VERSION):

@@ -26,8 +26,6 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +37,7 @@ from pretrain.layout import CONTEXT, GIVEN, PADDING_TURN, PSEUDO, Layout, next_t
 from pretrain.model import PMLM
 
 _WORD_SEPARATOR = "|"
+_DECIMALS = 6  # of a log-probability: less than what rounding in another batch changes
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class SearchSettings:
     """Results of each source, best first; with --sampling, draws."""
     length_penalty: float = 1.0
     """Results are ranked by log-probability / (tokens ** this), [EOS] counted; more favours longer ones."""
+    released_length_penalty: bool = False
+    """Rank by log-probability / (((5 + tokens) / 6) ** length_penalty), as UniLM's released code does: the paper's values are for it."""
     min_length_tokens: int = 0
     """Fewest tokens of a result, [EOS] not counted."""
     max_length_tokens: int = 64
@@ -98,7 +99,8 @@ class SearchSettings:
 
     def score(self, log_probability: float, num_tokens: int) -> float:
         """That hypotheses are ranked by."""
-        return float(log_probability / num_tokens**self.length_penalty)
+        length = (5 + num_tokens) / 6 if self.released_length_penalty else num_tokens
+        return float(log_probability / length**self.length_penalty)
 
 
 @dataclass(frozen=True)
@@ -319,9 +321,9 @@ class Search:
         rows, ranks = np.nonzero(is_hypothesis_BK)
         if len(rows):
             parents, tokens, totals = (x[rows, ranks].tolist() for x in (parents_BC, tokens_BC, totals_BC))
-            for row, *end in zip(rows.tolist(), parents, tokens, totals, strict=True):
-                ends[row].append(tuple(end))
-                self._end(row, *end)
+            for row, parent, token, total in zip(rows.tolist(), parents, tokens, totals, strict=True):
+                ends[row].append((parent, token, round(total, _DECIMALS)))
+                self._end(row, *ends[row][-1])
         best_B = totals_BK.amax(dim=1).tolist()
         if self._traces is not None:
             for row, (parents, tokens) in enumerate(zip(parents_BK.tolist(), tokens_BK.tolist(), strict=True)):
@@ -619,9 +621,9 @@ class _OfNextTokens:
 
 def _attend(
     queries_BHQD: torch.Tensor, keys_BHDM: torch.Tensor, values_BHMD: torch.Tensor, bias_BHQM: torch.Tensor
-) -> Any:
+) -> torch.Tensor:
     scale = queries_BHQD.shape[-1] ** -0.5
-    bias_BHQM = bias_BHQM.expand(*queries_BHQD.shape[:3], -1).flatten(0, 1)
-    scores = torch.baddbmm(bias_BHQM, queries_BHQD.flatten(0, 1), keys_BHDM.flatten(0, 1), alpha=scale)
+    bias = bias_BHQM.expand(*queries_BHQD.shape[:3], -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, queries_BHQD.flatten(0, 1), keys_BHDM.flatten(0, 1), alpha=scale)
     attended = torch.bmm(torch.softmax(scores, dim=-1), values_BHMD.flatten(0, 1))
     return attended.view(queries_BHQD.shape)
