@@ -203,9 +203,9 @@ def rerank(folder: Path, traces: Path, output: Path, changes: dict[str, Any]) ->
     writer = Writer.load(folder)
     if identity["tokenizer_sha256"] != writer.tokenizer.sha256:
         raise ValueError(f"{settings_file}: the model had another tokenizer than {folder}; give --model that model")
+    writer.search = replace(SearchSettings(**identity["search"]), **changes)
     if output.exists():
         raise ValueError(f"{output}: exists; choose another --output or remove it")
-    writer.search = replace(SearchSettings(**identity["search"]), **changes)
     num_texts = 0
     output.parent.mkdir(parents=True, exist_ok=True)
     with (
