@@ -65,7 +65,7 @@ class IdsOfWords:
     def _begin_anew(self, num_bytes: int) -> None:
         self._capacity = max(num_bytes, self._capacity, _LEAST_ROOM_BYTES)
         num_words = _REMEMBERED_WORDS + self._capacity // 2 + 2
-        num_slots = 1 << (2 * num_words - 1).bit_length()
+        num_slots = 1 << (num_words + num_words // 2).bit_length()  # a third to two thirds of them in use
         self._keys, self._numbers = np.zeros(num_slots, dtype=np.uint64), np.zeros(num_slots, dtype=np.int32)
         self._content = np.empty(_REMEMBERED_BYTES + self._capacity, dtype=np.uint8)
         self._edges, self._id_edges = (np.zeros(num_words + 1, dtype=np.int64) for _ in range(2))
