@@ -24,7 +24,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ import numpy as np
 from data_prep.build import draw_mask_sets
 from data_prep.cleaning import NO_CLEANING, cleaned
 from data_prep.console import ArgumentParser, progress_bar, run_command
-from data_prep.corpus import Document, Unit, find_sources, plan_units, read_unit
+from data_prep.corpus import Document, Unit, find_sources, make_document, plan_units, read_unit
 from data_prep.files import sha256_of_file
 from data_prep.packing import Texts, assemble
 from data_prep.parameters import BuildParameters
@@ -170,6 +170,11 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
     with timed("hashes of the input"):
         for source in sources:
             sha256_of_file(source.path)
+    with timed("compiled code from its cache"):
+        few = [make_document([line]) for line in ("It is a truth universally acknowledged.", "A single man.")]
+        texts, _ = tokenize(few, tokenizer, replace(parameters, validation_fraction=0))
+        samples = assemble(texts["train"], seed=0, first_sample=0, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id)
+        draw_mask_sets(samples, tokenizer, parameters, 0)
     units = plan_units(sources)
     encode = tokenizer.encode_documents
 

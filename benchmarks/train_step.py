@@ -154,8 +154,8 @@ class DenseAttention:
         return attended.transpose(1, 2).flatten(0, 1)
 
 
-def dense_step(model: PMLM, layout: Layout) -> Step:
-    """Forward and backward of a PMLM's weights the plain way."""
+def dense_step(model: PMLM, layout: Layout, *, is_head_on_targets: bool = False) -> Step:
+    """Forward and backward of a PMLM's weights the plain way; the head on all slots, or where something is predicted."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Dropout):
@@ -173,7 +173,8 @@ def dense_step(model: PMLM, layout: Layout) -> Step:
         attention = DenseAttention(layout, encoder.rel_pos_bias, model.config.dropout)  # type: ignore[arg-type]
         for layer in encoder.layer:
             hidden = layer(hidden, attention, None)
-        loss = F.cross_entropy(model.predict(hidden).float(), labels, reduction="sum") / layout.num_targets
+        at = labels >= 0 if is_head_on_targets else slice(None)
+        loss = F.cross_entropy(model.predict(hidden[at]).float(), labels[at], reduction="sum") / layout.num_targets
         loss.backward()
         model.zero_grad()
         return float(loss.detach())

@@ -7,7 +7,6 @@ bounded: when it is full, it is begun anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numba
 import numpy as np
@@ -19,6 +18,8 @@ _REMEMBERED_WORDS = 1 << 20
 _REMEMBERED_BYTES = 1 << 24
 _LEAST_ROOM_BYTES = 1 << 21
 _SPACE = 0x20
+_SHORT_BYTES = 7  # of a word in a 64-bit key, with its length
+_LONG = np.uint64(0xFF << 8 * _SHORT_BYTES)
 
 
 class IdsOfWords:
@@ -41,7 +42,7 @@ class IdsOfWords:
         words_before = np.zeros(len(texts) + 1, dtype=np.int64)
         num_known = self._num_words
         self._num_words = _number_words(
-            content, edges, self._slots, self._hashes, self._content, self._edges, num_known, numbers, words_before
+            content, edges, self._keys, self._numbers, self._content, self._edges, num_known, numbers, words_before
         )
         self._encode_from(num_known)
         numbers = numbers[: words_before[-1]]
@@ -64,8 +65,8 @@ class IdsOfWords:
     def _begin_anew(self, num_bytes: int) -> None:
         self._capacity = max(num_bytes, self._capacity, _LEAST_ROOM_BYTES)
         num_words = _REMEMBERED_WORDS + self._capacity // 2 + 2
-        self._slots = np.zeros(1 << (2 * num_words - 1).bit_length(), dtype=np.int32)
-        self._hashes = np.empty(num_words, dtype=np.uint64)
+        num_slots = 1 << (num_words + num_words // 2).bit_length()  # a third to two thirds of them in use
+        self._keys, self._numbers = np.zeros(num_slots, dtype=np.uint64), np.zeros(num_slots, dtype=np.int32)
         self._content = np.empty(_REMEMBERED_BYTES + self._capacity, dtype=np.uint8)
         self._edges, self._id_edges = (np.zeros(num_words + 1, dtype=np.int64) for _ in range(2))
         self._ids = np.empty(1 << 16, dtype=np.int32)
@@ -89,36 +90,44 @@ class IdsOfWords:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _number_words(
-    content: np.ndarray, text_edges: np.ndarray, slots: np.ndarray, hashes: np.ndarray, known: np.ndarray, edges: np.ndarray,
-    num_words: int, numbers: np.ndarray, words_before: np.ndarray,
+    content: np.ndarray, text_edges: np.ndarray, keys: np.ndarray, numbers_of_keys: np.ndarray, known: np.ndarray,
+    edges: np.ndarray, num_words: int, numbers: np.ndarray, words_before: np.ndarray,
 ) -> int:  # fmt: skip
     """Write each word's number, and enter new words into the table; returns how many words are known now.
 
-    A slot holds a word's number + 1, or 0; a word's slot is the first free one from its hash on.
+    A slot holds a word's key and its number + 1, or 0; a word's slot is the first free one from where its key points. The
+    key of a short word, as most are, is the word itself: nothing else need be looked at.
     """
-    mask, place = len(slots) - 1, 0
+    mask, place = len(keys) - 1, 0
     for text in range(len(text_edges) - 1):
         start, stop = text_edges[text], text_edges[text + 1]
         while start < stop:
-            hashed: Any = np.uint64(0xCBF29CE484222325)
-            end = start
-            while end < stop and content[end] != _SPACE:
-                hashed = (hashed ^ np.uint64(content[end])) * np.uint64(0x100000001B3)  # FNV-1a
+            end, key, shift = start, np.uint64(0), np.uint64(0)
+            while end < stop and content[end] != _SPACE and end < start + _SHORT_BYTES:
+                key |= np.uint64(content[end]) << shift
+                shift += np.uint64(8)
                 end += 1
+            is_short = end == stop or content[end] == _SPACE
+            if is_short:
+                key |= np.uint64(end - start) << np.uint64(8 * _SHORT_BYTES)
+            else:
+                while end < stop and content[end] != _SPACE:
+                    key = (key ^ np.uint64(content[end])) * np.uint64(0x100000001B3)  # FNV-1a
+                    end += 1
+                key = word_of(key, end - start) | _LONG
             if end > start:
-                hashed = word_of(hashed, end - start)
-                slot = np.int64(hashed & np.uint64(mask))
+                slot = np.int64((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
                 while True:
-                    number = slots[slot] - 1
+                    number = int(numbers_of_keys[slot]) - 1
                     if number < 0 or (
-                        hashes[number] == hashed
-                        and _is_equal(content, start, end, known, edges[number], edges[number + 1])
+                        keys[slot] == key
+                        and (is_short or _is_equal(content, start, end, known, edges[number], edges[number + 1]))
                     ):
                         break
                     slot = (slot + 1) & mask
                 if number < 0:
                     number = num_words
-                    slots[slot], hashes[number] = number + 1, hashed
+                    keys[slot], numbers_of_keys[slot] = key, number + 1
                     first = edges[number]
                     known[first : first + end - start] = content[start:end]
                     edges[number + 1] = first + end - start

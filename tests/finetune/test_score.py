@@ -45,7 +45,7 @@ def longest_common(a: list[str], b: list[str]) -> int:
 
 
 def test_rouge_is_its_definition() -> None:
-    """Of words that the stemmer leaves alone."""
+    """Of words that the stemmer leaves alone, and of some that it does not."""
     pairs = [("a b c d", "a c b d e"), ("x y x", "x x x y"), ("q", "r")]
     scores, options = text_scores([a for a, _ in pairs], [[b] for _, b in pairs])
     expected: dict[str, list[float]] = {"rouge_1": [], "rouge_2": [], "rouge_l": []}
@@ -59,6 +59,7 @@ def test_rouge_is_its_definition() -> None:
     for name, values in expected.items():
         assert scores[name] == pytest.approx(sum(values) / 3), name
     assert "stemmer:porter" in options["rouge"]
+    assert text_scores(["Wanted - fortunes!"], [["wants fortune"]])[0]["rouge_2"] == 100
 
 
 def test_bleu_is_its_definition() -> None:

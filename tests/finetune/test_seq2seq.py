@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from models import stored, tiny_model
+from ranks import Ranks
 from safetensors.torch import load_file
 from support import REPOSITORY
 from torch.nn import functional as F
 
-from data_prep.tokenizer import Tokenizer, train_tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from finetune.model import Seq2SeqModel
 from finetune.pairs import Examples, PairColumns, make_examples, read_pairs, token_ids
 from finetune.processes import Processes
@@ -158,6 +159,39 @@ def test_validation_is_the_mean_over_tokens(word_piece: Tokenizer) -> None:
     assert values["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert values["score"] == -values["loss"]
     assert 0 <= values["token_accuracy"] <= 1
+
+
+def writing_task(tokenizer: Tokenizer, processes: Processes) -> Seq2SeqTask:
+    model, examples = Seq2SeqModel(tiny_model(tokenizer.vocab_size)).eval(), examples_of(tokenizer)
+    of_validation = ValidationSettings("rouge_l", generated_pairs=3)
+    settings = Seq2SeqSettings(24, 16, num_beams=2)
+    return Seq2SeqTask(model, tokenizer, settings, TargetSettings(), of_validation, examples, examples, processes, 0)
+
+
+def validate_as_rank(rank: int, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "t.json")
+    task = writing_task(tokenizer, Processes(rank, 2))
+    with torch.no_grad():
+        values = task.validate()
+    task.save(folder / str(rank))
+    (folder / f"{rank}.json").write_text(json.dumps(values))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_validation(word_piece: Tokenizer, two_ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_bytes(word_piece.path.read_bytes())
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    two_ranks(validate_as_rank, tmp_path)
+    task = writing_task(word_piece, Processes())
+    with torch.no_grad():
+        expected = task.validate()
+    task.save(tmp_path)
+    written = (tmp_path / "written.jsonl").read_text("utf-8")
+    assert len(written.splitlines()) == 3
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected, rel=1e-5)
+        assert (tmp_path / str(rank) / "written.jsonl").read_text("utf-8") == written
 
 
 # ---- what is drawn
