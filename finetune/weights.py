@@ -69,7 +69,8 @@ class _Found:
 
 
 def load_pretrained(path: Path, *, tokenizer: Path | None = None, max_positions: int | None = None) -> Pretrained:
-    """The model in an export, a run's folder, a checkpoint, or a folder or file of UniLM's or BERT's weights.
+    """The model in an export, a run's folder, a checkpoint, a run of `finetune.seq2seq`, or a folder or file of UniLM's or
+    BERT's weights.
 
     `tokenizer` (a SentencePiece model, a .json of `import-tokenizer`, or a BERT vocab.txt) is for weights that have none
     beside them. Where `max_positions` is more than the position table has, the table is repeated. Raises ValueError or OSError,
@@ -96,7 +97,25 @@ def read_pretrained(path: Path, *, tokenizer: Path | None = None) -> tuple[Store
         if is_export(path):
             return read_export(path), ()
         return (read_run(path) if is_run else read_run(path.parent.parent, checkpoint=path)), ()
+    if (fine_tuned := _read_seq2seq(path)) is not None:
+        return fine_tuned, ()
     return _read_foreign(path, tokenizer)
+
+
+def _read_seq2seq(path: Path) -> StoredModel | None:
+    """What `python -m finetune.seq2seq` wrote, which is a PMLM as well; None for anything else."""
+    from finetune.model import Seq2SeqModel, load_model, model_folder  # here, as a trainer is not needed for the others
+
+    try:
+        folder = model_folder(path)
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict) or config.get("format") != Seq2SeqModel.kind:
+        return None
+    model, tokenizer, _ = load_model(folder, Seq2SeqModel)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return StoredModel(folder, model.config, weights, tokenizer)
 
 
 def with_head(stored: StoredModel) -> StoredModel:

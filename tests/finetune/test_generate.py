@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import tiny_model
 from ranks import Ranks
 
 from data_prep.files import read_json, sha256_of_file
 from data_prep.tokenizer import Tokenizer
 from finetune import Writer, generate
+from finetune.convert import ConvertSettings, convert
+from finetune.huggingface import register
 from finetune.model import Seq2SeqModel
 from finetune.processes import Processes
 from finetune.score import score_files
@@ -278,3 +281,16 @@ def test_an_output_of_other_settings_is_left_alone(sources: Path, command: Comma
     status, _, told = command("--input", sources, "--output", tmp_path / "mine.jsonl")
     assert (status, "mine.jsonl: exists" in told) == (2, True), told
     assert (output.read_bytes(), (tmp_path / "mine.jsonl").read_text()) == (content, "mine")
+
+
+def test_a_fine_tuned_model_goes_to_transformers(model: Path, tmp_path: Path) -> None:
+    convert(ConvertSettings(model, tmp_path / "hf", "huggingface"))
+    register()
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    written = theirs.generate(**batch, num_beams=3, max_new_tokens=12)
+    ours = Writer.load(model).write(TEXTS)
+    assert [tokenizer.decode(row, skip_special_tokens=True).split() for row in written] == [
+        text.split() for text in ours
+    ]
