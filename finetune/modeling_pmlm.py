@@ -138,7 +138,7 @@ class _SelfAttention(nn.Module):
         """Queries, keys and values, [3, B, A, L, D]."""
         biases = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(hidden_BLH, self.qkv_linear.weight, biases).unflatten(-1, (3, self.num_heads, -1))
-        return qkv.permute(2, 0, 3, 1, 4)
+        return qkv.permute(2, 0, 3, 1, 4)  # type: ignore[no-any-return]
 
     def forward(
         self, hidden_BLH: torch.Tensor, bias_BALL: torch.Tensor | None, remember: _Remember | None = None
