@@ -7,8 +7,8 @@ In one process on the same threads, random weights, forced equal lengths, in tur
               encoder and its decoder as ours has, its own generate and its own cache
   no cache    our search, every step computing source and target anew for each beam (smaller, as it takes long)
 
-Seconds are CPU seconds, user and system of all threads, as other work on the machine does not count then. Then the time of each step
-of one long target. Writes decode.json and decode.png.
+Seconds are CPU seconds, user and system of all threads, as other work on the machine does not count then; with OMP_NUM_THREADS=1, as
+threads that wait for each other spend CPU seconds. Then the time of each step of one long target. Writes decode.json and decode.png.
 """
 
 from __future__ import annotations
