@@ -9,6 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ LONGEST_FIRST = (
 def pytest_configure() -> None:
     """Mark what the tests start; pytest's own worker processes inherit the mark."""
     os.environ.setdefault(TESTS_MARK, uuid.uuid4().hex)
+    resource_tracker.ensure_running()  # else the first test that needs it owns it
 
 
 @pytest.hookimpl(trylast=True)
