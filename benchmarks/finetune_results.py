@@ -17,7 +17,8 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,23 @@ class Task:
 
 def accuracy(labels: list[str], predicted: list[Any]) -> float:
     """Share of equal ones."""
-    return sum(a == b for a, b in zip(labels, predicted, strict=True)) / len(labels)
+    return statistics.fmean(a == b for a, b in zip(labels, predicted, strict=True))
 
 
-def once(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gave when it was called for this folder, with the CPU seconds it took."""
+def once(folder: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gave when it was called for this folder, with the CPU seconds it took.
+
+    Raises ValueError where it was called with other settings.
+    """
     if not (folder / RESULT).is_file():
         before = resource.getrusage(resource.RUSAGE_SELF)
         made = make()
         after = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        write_json(folder / RESULT, {**made, "cpu_s": round(cpu_s, 1)})
+        write_json(folder / RESULT, {**made, "cpu_s": round(cpu_s, 1), "settings": settings})
     found: dict[str, Any] = read_json(folder / RESULT)
+    if found.pop("settings") != settings:
+        raise ValueError(f"{folder / RESULT}: is of other settings; remove the folder, or choose another --output")
     return found
 
 
@@ -107,11 +113,12 @@ def random_twin(weights: Path, folder: Path, seed: int) -> Path:
 
 
 def train_there(
-    weights: Path, data: Data, test: Labelled, settings: TrainSettings, max_length_tokens: int
+    weights: Path, run: Path, data: Data, test: Labelled, settings: TrainSettings, max_length_tokens: int
 ) -> dict[str, Any]:
     """The same recipe with transformers alone: its tokenizer, model and padding, torch's AdamW."""
     import transformers
 
+    run.mkdir(parents=True, exist_ok=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(weights)
     labels = {label: place for place, label in enumerate(data.target.labels)}
     torch.manual_seed(settings.seed)
@@ -173,7 +180,9 @@ def main() -> int:
     parser = ArgumentParser(prog="python -m benchmarks.finetune_results", description=__doc__)
     parser.add_argument("--corpora", type=Path, default=Path("data/corpora"), help="what benchmarks.corpora made")
     parser.add_argument("--weights", type=Path, metavar="PATH", help="a pre-trained PMLM, see finetune.classify")
-    parser.add_argument("--bert", type=Path, metavar="PATH", help="folder with BERT's config.json, weights and vocab.txt")
+    parser.add_argument(
+        "--bert", type=Path, metavar="PATH", help="folder with BERT's config.json, weights and vocab.txt"
+    )
     parser.add_argument("--num_train", type=int, nargs=2, default=[4000, 4000], metavar="N",
                         help="samples of films and of verses that the PMLM is trained on")  # fmt: skip
     parser.add_argument("--bert_num_train", type=int, default=1000, help="samples of films for BERT's weights")
@@ -184,7 +193,9 @@ def main() -> int:
     parser.add_argument("--bert_learning_rate", type=float, default=1e-4, help="of --bert")
     parser.add_argument("--max_length_tokens", type=int, default=128, help="longer inputs are cut")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each")
-    parser.add_argument("--output", type=Path, default=Path("runs/finetune_results"), help="folder for all that is made")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/finetune_results"), help="folder for all that is made"
+    )
     args = parser.parse_args()
     return run_command(lambda: _run(args), parser.prog)
 
@@ -204,41 +215,35 @@ def _run(args: Any) -> None:
 
 def _measure(args: Any) -> Iterator[dict[str, Any]]:
     films, verses = Task("vader-movies", "text", None, args.num_train[0]), Task("bible-pairs", "text_a", "text_b", args.num_train[1])  # fmt: skip
-    jobs: list[tuple[str, Task, Callable[[int, Data, Labelled, Path], dict[str, Any]]]] = []
-
-    def settings_for(seed: int, epochs: int, rate: float) -> TrainSettings:
-        return TrainSettings(learning_rate=rate, epochs=epochs, micro_batch_size=32, seed=seed)
-
-    def pretrained(seed: int, data: Data, test: Labelled, run: Path) -> dict[str, Any]:
-        settings = settings_for(seed, args.epochs, args.learning_rate)
-        return train_here(args.weights, run, data, test, settings, args.max_length_tokens)
-
-    def from_nothing(seed: int, data: Data, test: Labelled, run: Path) -> dict[str, Any]:
-        settings = settings_for(seed, args.epochs, args.learning_rate)
-        twin = random_twin(args.weights, args.output / f"random-{seed}", seed)
-        return train_here(twin, run, data, test, settings, args.max_length_tokens)
-
-    def bert_here(seed: int, data: Data, test: Labelled, run: Path) -> dict[str, Any]:
-        settings = settings_for(seed, args.bert_epochs, args.bert_learning_rate)
-        return train_here(args.bert, run, data, test, settings, args.max_length_tokens)
-
-    def bert_there(seed: int, data: Data, test: Labelled, run: Path) -> dict[str, Any]:
-        run.mkdir(parents=True, exist_ok=True)
-        settings = settings_for(seed, args.bert_epochs, args.bert_learning_rate)
-        return train_there(args.bert, data, test, settings, args.max_length_tokens)
-
+    twins = args.output / "random"
+    here = partial(train_here, max_length_tokens=args.max_length_tokens)
+    there = partial(train_there, max_length_tokens=args.max_length_tokens)
+    ours = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    berts = {"epochs": args.bert_epochs, "learning_rate": args.bert_learning_rate}
+    jobs: list[tuple[str, Task, dict[str, Any], Callable[[int], Path], Callable[..., dict[str, Any]]]] = []
     if args.weights is not None:
         for task in (films, verses):
-            jobs += [("pre-trained PMLM", task, pretrained), ("random weights", task, from_nothing)]
+            jobs.append(("pre-trained PMLM", task, ours, lambda seed: args.weights, here))
+            jobs.append(
+                ("random weights", task, ours, lambda seed: random_twin(args.weights, twins / str(seed), seed), here)
+            )
     if args.bert is not None:
-        few = Task(films.name, films.text, films.pair, args.bert_num_train)
-        jobs += [("BERT's weights, here", few, bert_here), ("BERT's weights, transformers", few, bert_there)]
-    for name, task, make in jobs:
+        few = replace(films, num_train=args.bert_num_train)
+        jobs.append(("BERT's weights, here", few, berts, lambda seed: args.bert, here))
+        jobs.append(("BERT's weights, transformers", few, berts, lambda seed: args.bert, there))
+    for name, task, numbers, weights_for, make in jobs:
         data, test = task.read(args.corpora, args.num_test)
         found = []
         for seed in range(args.seeds):
             run = args.output / f"{task.name}_{''.join(c if c.isalnum() else '-' for c in name)}_{seed}"
-            found.append(once(run, lambda make=make, seed=seed, data=data, test=test, run=run: make(seed, data, test, run)))  # type: ignore[misc]
+            settings = TrainSettings(micro_batch_size=32, seed=seed, **numbers)
+            known = {
+                **numbers,
+                "num_train": task.num_train,
+                "num_test": args.num_test,
+                "max_length_tokens": args.max_length_tokens,
+            }
+            found.append(once(run, known, partial(make, weights_for(seed), run, data, test, settings)))
             print(f"{task.name}, {name}, seed {seed}: {found[-1]}", file=sys.stderr, flush=True)
         counts = [test.labels.count(label) for label in data.target.labels]
         yield {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.console import ArgumentParser, add_flags, flag_values
+from data_prep.console import add_flags, flag_values
 from data_prep.files import write_whole
 from finetune.classifier import Classifier, Inputs, Target, make_inputs
 from finetune.glue import BROKEN, GLUE, TRAIN, GlueTask, write_leaderboard_file
@@ -26,6 +26,7 @@ from finetune.processes import Processes
 from finetune.runs import (
     StartSettings,
     add_train_flags,
+    command_parser,
     fingerprint,
     load_start,
     run_with_processes,
@@ -343,7 +344,7 @@ def predict(args: Any, processes: Processes) -> None:
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = ArgumentParser(prog="python -m finetune.classify", description=__doc__)
+    parser = command_parser("python -m finetune.classify", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="fine-tune", description="Fine-tune a pre-trained model.")
     for cls in (DataSettings, ColumnSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,32 @@ def join_processes() -> Processes:
         take_place()
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(place.rank, place.world_size, device)
+
+
+_TOLD = "a user's error is told"
+_PATIENCE_S = 5.0
+
+
+def tell_that_it_is_told() -> None:
+    """Let the other processes know that this one tells what is wrong, so that they need not."""
+    if distributed.is_initialized():
+        distributed.distributed_c10d._get_default_store().set(_TOLD, "1")  # type: ignore[attr-defined]
+
+
+def is_told_by_the_first() -> bool:
+    """Whether the first process tells what is wrong, in a while, or is no more."""
+    if not distributed.is_initialized():
+        return False
+    store = distributed.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + _PATIENCE_S
+    try:
+        while not store.check([_TOLD]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+    except RuntimeError:  # the store is the first process's
+        return True
+    return True
 
 
 def leave_processes() -> None:
