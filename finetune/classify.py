@@ -180,7 +180,7 @@ def classes_of(labelled: Labelled, target: Target, train: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Inputs and their labels: classes, or numbers."""
 
     inputs: Inputs
@@ -190,9 +190,7 @@ class _Part:
 class ClassifyTask:
     """See finetune.trainer.Task."""
 
-    def __init__(
-        self, classifier: Classifier, train: _Part, validation: dict[str, _Part], score: Sequence[str]
-    ) -> None:
+    def __init__(self, classifier: Classifier, train: Part, validation: dict[str, Part], score: Sequence[str]) -> None:
         self._classifier, self._inputs, self._validation, self._score = classifier, train.inputs, validation, score
         self.lengths = train.inputs.lengths
         target = classifier.target
@@ -244,7 +242,7 @@ def train(
     parts = {}
     for suffix, part in (("train", data.train), *data.validation.items()):
         inputs = make_inputs(pretrained.tokenizer, part.texts, part.pairs, start.max_length_tokens)
-        parts[suffix] = _Part(inputs, labels[suffix])
+        parts[suffix] = Part(inputs, labels[suffix])
         tell_counts(processes, part.table, inputs, start.max_length_tokens)
 
     def make_task(model: PMLM, chosen: TrainSettings) -> tuple[nn.Module, ClassifyTask]:

@@ -333,6 +333,10 @@ class Engine:
 
     def whole(self, parameter: nn.Parameter, kind: str = WEIGHT) -> torch.Tensor:
         """The fp32 weight, or a moment of it, put together from all ranks, which must all ask. Of ZeRO stage 1 and 2."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if kind != WEIGHT and mapping is not None and kind not in mapping.get_optim_state_keys():
+            self._optimizer._hp_optimizer_states_linked = False  # DeepSpeed linked them before Adam had any
+            self._optimizer._lazy_init_hp_params_optimizer_state()
         found: torch.Tensor = parameter.get_full_hp_param(None if kind == WEIGHT else kind)  # type: ignore[attr-defined]
         return found
 
