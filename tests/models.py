@@ -10,9 +10,6 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.export import StoredModel
 from pretrain.model import PMLM, PMLMConfig
 
-AUSTEN, BIERCE = "austen", "bierce"
-"""Classes of sentences of the sample corpus."""
-
 
 def tiny_model(vocab_size: int, **numbers: float) -> PMLM:
     """A model in which every weight matters."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import random
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from models import AUSTEN, BIERCE, stored
+from models import stored
 from support import REPOSITORY
 
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.tokenizer import Tokenizer, train_tokenizer
+from finetune.tables import read_table
 from pretrain.export import StoredModel, write_export
 from pretrain.model import PMLM, PMLMConfig
 
@@ -65,16 +63,9 @@ def export(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def sentences() -> list[tuple[str, str]]:
-    """(author, sentence) of the two books, mixed."""
-    corpus = REPOSITORY / "sample_corpus"
-    novel = " ".join(path.read_text("utf-8") for path in sorted((corpus / "pride_and_prejudice").glob("*.txt"))[:6])
-    entries = (corpus / "devils_dictionary.jsonl").read_text("utf-8").splitlines()[:300]
-    found = []
-    for author, text in ((AUSTEN, novel), (BIERCE, " ".join(json.loads(entry)["text"] for entry in entries))):
-        parts = (part.strip() for part in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text)))
-        found += [(author, part) for part in parts if len(part) > 40][:200]
-    random.Random(0).shuffle(found)
-    return found
+    """(author, sentence) of sample_tasks/authors."""
+    files = (REPOSITORY / "sample_tasks" / "authors" / name for name in ("train.tsv", "validation.tsv"))
+    return [(row[0], row[1]) for file in files for row in read_table(file, ["label", "text"]).rows]
 
 
 @pytest.fixture(scope="session")
