@@ -153,7 +153,7 @@ def measure(setting: Setting, tokenizer: Tokenizer, inputs: Inputs, max_length_t
     order, size = np.random.default_rng(0).permutation(len(inputs.ids)), setting.batch_size
     turns = order[: len(order) // (size * steps) * size * steps].reshape(-1, size * steps)
     by_length = [texts[np.argsort(-inputs.lengths[texts], kind="stable")] for texts in turns]
-    of = {OURS: (ours, turns), BERT: (bert, turns), GROUPED: (bert, by_length)}
+    of: dict[str, tuple[Ours | Bert, Any]] = {OURS: (ours, turns), BERT: (bert, turns), GROUPED: (bert, by_length)}
 
     def training(name: str, turn: int) -> None:
         for batch in of[name][1][turn].reshape(steps, size):

@@ -64,18 +64,23 @@ def join_processes() -> Processes:
     return Processes(place.rank, place.world_size, device)
 
 
-_TOLD = "a user's error is told"
-_PATIENCE_S = 5.0
+_TOLD, _HEARD = "the first process told a user's error", "so many heard it"
+_PATIENCE_S, _LINGER_S, _POLL_S = 5.0, 1.5, 0.05
 
 
-def tell_that_it_is_told() -> None:
-    """Let the other processes know that this one tells what is wrong, so that they need not."""
-    if distributed.is_initialized():
-        distributed.distributed_c10d._get_default_store().set(_TOLD, "1")  # type: ignore[attr-defined]
+def have_told(processes: Processes) -> None:
+    """Let the other processes know that the first one told what is wrong, so that they need not."""
+    if not distributed.is_initialized():
+        return
+    store = distributed.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    store.set(_TOLD, "1")
+    deadline = time.monotonic() + _LINGER_S  # the store goes with this process, and torch says so at length
+    while store.add(_HEARD, 0) < processes.world_size - 1 and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
-def is_told_by_the_first() -> bool:
-    """Whether the first process tells what is wrong, in a while, or is no more."""
+def is_told() -> bool:
+    """Whether the first process has told what is wrong, or does so soon, or is no more."""
     if not distributed.is_initialized():
         return False
     store = distributed.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
@@ -84,8 +89,9 @@ def is_told_by_the_first() -> bool:
         while not store.check([_TOLD]):
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.1)
-    except RuntimeError:  # the store is the first process's
+            time.sleep(_POLL_S)
+        store.add(_HEARD, 1)
+    except RuntimeError:
         return True
     return True
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from data_prep.console import USER_ERROR_STATUS, ArgumentParser, add_flags, flag_values, run_command
+from data_prep.console import USER_ERROR_STATUS, ArgumentParser, add_flags, flag_values, run_command, tell_error
 from data_prep.files import sha256_of_file, write_json
 from finetune.model import SUMMARY
-from finetune.processes import Processes, is_told_by_the_first, join_processes, leave_processes, tell_that_it_is_told
+from finetune.processes import Processes, have_told, is_told, join_processes, leave_processes
 from finetune.trainer import MODEL, Task, Trainer, TrainSettings
 from finetune.weights import Pretrained, load_pretrained
 from pretrain.model import PMLM
@@ -166,10 +166,14 @@ def run_with_processes(command: Callable[[Processes], None], prog: str) -> int:
         try:
             command(processes)
         except Exception as error:
-            if not processes.is_first and is_told_by_the_first():
+            if processes.world_size == 1:
+                raise
+            if processes.is_first and isinstance(error, (ValueError, OSError)):
+                tell_error(error, prog)
+                have_told(processes)
                 sys.exit(USER_ERROR_STATUS)
-            if isinstance(error, (ValueError, OSError)):
-                tell_that_it_is_told()
+            if not processes.is_first and is_told():
+                sys.exit(USER_ERROR_STATUS)
             raise
         finally:
             leave_processes()
