@@ -105,6 +105,9 @@ def train(
 
     maker = answerer_of(pretrained.model, 0)
     training = maker.windows(usable(files[train_file], processes))
+    if num_unmatched := files[validation_file].num_unmatched:
+        say(processes, f"warning: {validation_file}: {num_unmatched:,} questions have answers that are not in the passage at "
+            "answer_start; they are scored all the same")  # fmt: skip
     validation = maker.windows(files[validation_file].questions)
     say(processes, *(
         f"{path}: {len(w.questions):,} questions in {len(w.windows):,} windows"

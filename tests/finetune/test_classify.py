@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -21,7 +22,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from support import run_command
 
 from data_prep.draws import Decision, draw_words
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Classifier
 from finetune.batches import epoch_order, micro_batches, prediction_batches
 from finetune.classifier import make_inputs
@@ -252,6 +253,8 @@ def test_nine_tasks() -> None:
         ({"--train_file": "bad.xls"}, "x", ["bad.xls: expected a file that ends in .tsv"]),
         ({"--train_file": "none.tsv"}, None, ["none.tsv: No such file"]),
         ({"--weights": "none"}, None, ["none: no such folder or file of weights"]),
+        ({"--weights": "other.weights"}, None, ["not the tokenizer this model was trained with"]),
+        ({"--deepspeed_config": "none.json"}, None, ["none.json: no such DeepSpeed configuration"]),
         ({"--warmup": "2", "--batch_size": "0"}, None, ["warmup is 2.0", "batch_size is 0"]),
         ({"--glue": "boolq", "--train_file": None, "--validation_file": None}, None, ["--glue boolq", "wnli"]),
     ],
@@ -265,6 +268,10 @@ def test_bad_input(
         "--weights": folder / "weights",
     }
     given["--output"] = tmp_path / "run"
+    if "other.weights" in changes.values():
+        shutil.copytree(folder / "weights", tmp_path / "other.weights")
+        train_tokenizer(["another text of a few words"] * 9, tmp_path / "other.model", vocab_size=20)
+        shutil.copy(tmp_path / "other.model", tmp_path / "other.weights" / "tokenizer.model")
     flags: list[object] = []
     for flag, value in {**given, **changes}.items():
         if flag == "--regression":

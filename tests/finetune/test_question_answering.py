@@ -222,10 +222,18 @@ def test_answers_elsewhere_are_counted(
     folder: Path, entries: list[tuple[str, str]], command: Command, tmp_path: Path
 ) -> None:
     wrong = squad_json(tmp_path / "wrong.json", entries[:5], is_v2=False, shift=1)
-    assert read_squad(wrong).num_unmatched == 5
-    files = ("--train_file", wrong, "--validation_file", wrong)
-    status, _, err = command("train", "--weights", folder / "weights", *files, "--output", tmp_path / "run")
+    some = json.loads(squad_json(tmp_path / "some.json", entries[5:9], is_v2=False).read_text())
+    some["data"] += json.loads(wrong.read_text())["data"]
+    for number, paragraph in enumerate(p for article in some["data"] for p in article["paragraphs"]):
+        paragraph["qas"][0]["id"] = str(number)
+    (tmp_path / "some.json").write_text(json.dumps(some))
+    words = ("train", "--weights", folder / "weights", "--epochs", 1, "--max_length_tokens", 80)
+    files = ("--train_file", tmp_path / "some.json", "--validation_file", tmp_path / "some.json")
+    status, _, err = command(*words, *files, "--output", tmp_path / "some")
+    assert status == 0, err
+    assert "some.json: 5 of 9 questions are left out" in err
+    assert "some.json: 5 questions have answers that are not in the passage at answer_start" in err
+    assert "some.json: 4 questions in " in err  # what is trained on
+    status, _, err = command(*words, "--train_file", wrong, "--validation_file", wrong, "--output", tmp_path / "run")
     assert status == 2
-    assert "warning" in err
-    assert "5 of 5 questions are left out" in err
     assert "none of its 5 questions has an answer at answer_start" in err
