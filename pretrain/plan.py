@@ -8,6 +8,7 @@ precision are those of --deepspeed_config.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -264,7 +265,7 @@ class _Planner:
             return traffic.exposed_s(ranks, machines.network, compute_s / accumulation)
 
         step_s = compute_s + exposed_s(world_size)
-        total_steps: int = args.max_steps or recipe.total_steps
+        total_steps = int(args.max_steps or recipe.total_steps or 0)
         num_samples = train_batch * total_steps
         hours = total_steps * step_s / 3600
         data, price = samples.data, machines.price_per_gpu_hour
@@ -348,7 +349,7 @@ class _Planner:
         given = {"model": args.model} | {
             name: getattr(args, name)
             for name in (*_RUN_FLAGS[1:], *MODEL_NUMBERS)
-            if getattr(args, name) not in (None, False, getattr(RunConfig, name, None))
+            if not any(getattr(args, name) is default for default in (None, False, getattr(RunConfig, name, None)))
         }
         for name, value in given.items():
             words += [f"--{name}"] if value is True else [f"--{name}", str(getattr(value, "value", value))]
@@ -442,7 +443,9 @@ def write(plan: Plan, folder: Path) -> tuple[Path, Path]:
         if path.exists():
             raise ValueError(f"{path}: exists already; remove it or choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(config, (json.dumps(plan.deepspeed_config, indent=2) + "\n").encode())
+    text = json.dumps(plan.deepspeed_config, indent=2)
+    text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    write_whole(config, f"{text}\n".encode())
     write_whole(script, f"#!/bin/sh\n# From the repository's folder.\n{plan.command}\n".encode())
     script.chmod(0o755)
     return config, script
