@@ -89,6 +89,10 @@ class Sample:
         self.sees = [[bool(visible(a.role, a.turn, b.role, b.turn)) for b in self.groups] for a in self.groups]
         """Whether a group (row) may attend to another (column)."""
 
+    def name(self, token_id: int) -> str:
+        """A token to be read; one that is nothing but a word's start by the mark of it."""
+        return self.tokenizer.surface(token_id) or self.tokenizer.piece(token_id)
+
     def targets(self, model: torch.nn.Module | None) -> list[Target]:
         """The masked tokens in factorization order, with the predictions of a PMLM in eval mode."""
         layout, tokenizer = self.layout, self.tokenizer
@@ -104,7 +108,7 @@ class Sample:
         turns = self.turns_of_targets()
         return [
             Target(
-                turns[place], positions[place], tokenizer.surface(original), tokenizer.surface(shown[place]),
+                turns[place], positions[place], self.name(original), self.name(shown[place]),
                 inspect.what_is_shown(tokenizer, original, shown[place]),
                 *(predictions[name][place] if name in predictions else None for name in ("ae", "par")),
             )
@@ -120,7 +124,7 @@ class Sample:
         likeliest = probabilities_TV.topk(min(NUM_PREDICTED, probabilities_TV.shape[1]), dim=1)
         originals = probabilities_TV.gather(1, self.layout.targets_T[:, None])[:, 0].tolist()
         return [
-            Prediction([(self.tokenizer.surface(i), p) for i, p in zip(ids, values, strict=True)], original)
+            Prediction([(self.name(i), p) for i, p in zip(ids, values, strict=True)], original)
             for ids, values, original in zip(
                 likeliest.indices.tolist(), likeliest.values.tolist(), originals, strict=True
             )
@@ -219,7 +223,7 @@ def _context(sample: Sample, targets: list[Target]) -> Iterator[str]:
         token_id, target = sample.ids[slot], masked.get(sample.positions[slot])
         original_id = int(sample.batch.tokens_BL[0, slot])
         yield " " if tokenizer.is_word_start(original_id) else ""
-        text = tokenizer.surface(token_id)
+        text = sample.name(token_id)
         if target is None:
             what = "special" if token_id in tokenizer.special_ids else ""
             yield _chip(slot, text, 0, what, f"{text}, context, position {slot}")
