@@ -137,10 +137,11 @@ def test_pointing_at_a_slot_shows_whom_it_sees(browser: Browser, page: Path, dat
     assert shown_by(browser)[2] == [4]
     chip(browser, 4).send_keys(Keys.ESCAPE)
     assert not browser("document.body.classList.contains('chosen')")
-    grid = browser.find("#grid")
-    bottom = grid.size["height"] // 2 - 2
-    ActionChains(browser.driver).move_to_element_with_offset(grid, 0, bottom).perform()
-    assert shown_by(browser) == (*seen_of(sample, last), [last])
+    ActionChains(browser.driver).move_to_element(browser.find("#grid")).perform()  # its middle
+    num_context = sample.layout.context_lengths[0]
+    band, size = (float(value) for value in browser("[grid.dataset.band, grid.viewBox.baseVal.height]"))
+    middle = num_context + int(size / 2 - band)
+    assert shown_by(browser) == (*seen_of(sample, middle), [middle])
     assert browser.console_errors() == []
 
 
