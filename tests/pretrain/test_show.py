@@ -137,10 +137,11 @@ def test_pointing_at_a_slot_shows_whom_it_sees(browser: Browser, page: Path, dat
     assert shown_by(browser)[2] == [4]
     chip(browser, 4).send_keys(Keys.ESCAPE)
     assert not browser("document.body.classList.contains('chosen')")
-    ActionChains(browser.driver).move_to_element(browser.find("#grid")).perform()  # its middle
+    grid = browser.find("#grid")
+    ActionChains(browser.driver).move_to_element_with_offset(grid, 0, 9).perform()  # below its middle
     num_context = sample.layout.context_lengths[0]
     band, size = (float(value) for value in browser("[grid.dataset.band, grid.viewBox.baseVal.height]"))
-    middle = num_context + int(size / 2 - band)
+    middle = num_context + int(size * (0.5 + 9 / grid.size["height"]) - band)
     assert shown_by(browser) == (*seen_of(sample, middle), [middle])
     assert browser.console_errors() == []
 
