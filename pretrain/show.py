@@ -189,6 +189,7 @@ def page(sample: Sample, targets: list[Target], title: str, model_name: str | No
         "TITLE": html.escape(title),
         "FACTS": html.escape(_facts(sample, model_name)),
         "CONTEXT": "".join(_context(sample, targets)),
+        "PREDICTED": "predicted" if model_name else "",
         "APPENDED": "".join(_appended(sample, targets)),
         "GRID": _grid(sample),
         "DATA": json.dumps(data).replace("<", "\\u003c"),
@@ -254,6 +255,7 @@ def _appended(sample: Sample, targets: list[Target]) -> Iterator[str]:
             yield f'<p class="pair"><span>{"".join(originals)}</span> <span>{"".join(masks)}</span></p>'
         else:
             yield f'<p class="pair">{html.escape(" ".join(targets[p].original for p in places))}</p>'
+        yield '<div class="targets">'
         for place in places:
             target = targets[place]
             if target.ae is not None or target.par is not None:
@@ -261,7 +263,7 @@ def _appended(sample: Sample, targets: list[Target]) -> Iterator[str]:
                 for name, prediction in (("AE", target.ae), ("PAR", target.par)):
                     yield from _bars(name, prediction, target.original)
                 yield "</div>"
-        yield "</div></section>"
+        yield "</div></div></section>"
 
 
 def _bars(name: str, prediction: Prediction | None, original: str) -> Iterator[str]:
