@@ -123,6 +123,7 @@ def _rank(rank: int, args: dict[str, Any], out: Path) -> None:
             "weight_bytes": sum(p.numel() for p in engine.module.parameters()) * number_bytes,
             "bucket_bytes": zero["reduce_bucket_size"] * number_bytes,
         }).encode())  # fmt: skip
+    engine.close()
 
 
 if __name__ == "__main__":
