@@ -70,7 +70,7 @@ class Ours:
         groups = parameter_groups(model, TrainSettings())
         self._optimizer = WholeState(model, self, groups, Processes(), "fp32", _MAX_NORM)
 
-    def loss(self, samples: Sequence[int]) -> torch.Tensor:
+    def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """See finetune.trainer.Task."""
         return self._classifier.loss(self._inputs, self._targets, samples)
 
@@ -78,7 +78,7 @@ class Ours:
         """A step."""
         self._classifier.model.train()
         for samples in micro_batches(batch, self._inputs.lengths, self._setting.micro_batch_size):
-            self._optimizer.add(samples.tolist(), 1 / len(batch))
+            self._optimizer.add(samples.tolist(), 0, 1 / len(batch))
         self._optimizer.step(_LEARNING_RATE)
 
     def predict(self, samples: np.ndarray) -> np.ndarray:
