@@ -18,12 +18,14 @@ main() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
     command -v c++ >/dev/null || missing+=(g++)
-    if [ "${1:-}" = dev ]; then  # the tests run real sshd, pdsh, mpirun and Slurm
+    if [ "${1:-}" = dev ]; then  # the tests run real sshd, pdsh, mpirun, Slurm and Chromium
         [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
         command -v ssh >/dev/null || missing+=(openssh-client)
         command -v pdsh >/dev/null || missing+=(pdsh)
         command -v mpirun >/dev/null || missing+=(openmpi-bin)
         command -v srun >/dev/null || missing+=(slurm-client)
+        command -v chromium >/dev/null || missing+=(chromium)
+        command -v chromedriver >/dev/null || missing+=(chromium-driver)
         for daemon in slurmctld slurmd munged; do
             [ -x /usr/sbin/$daemon ] || missing+=("${daemon/munged/munge}")
         done

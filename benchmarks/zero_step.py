@@ -56,22 +56,7 @@ def _run(args: Any) -> None:
         config.write_text(json.dumps({**_CONFIG, **sizes, "zero_optimization": zero}))
         text = Text(args.corpus, folder)
         batch = text.batch(args.length_tokens, args.micro_batch * WORLD_SIZE)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
-        ranks = [
-            context.Process(
-                target=_rank, args=(rank, port, args.model, batch, text.mask_id, config, args.repetitions, folder)
-            )
-            for rank in range(WORLD_SIZE)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            raise ValueError("a rank failed; see above")
+        run_ranks(WORLD_SIZE, _rank, args.model, batch, text.mask_id, config, args.repetitions, folder)
         seconds = read_json(folder / "seconds.json")
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     ratio = medians[ZERO] / medians[DDP]
@@ -84,13 +69,42 @@ def _run(args: Any) -> None:
     print(f"{ZERO} is {ratio:.2f} x of {DDP}; written: {args.output / 'zero_step.json'}")
 
 
-def _rank(
-    rank: int, port: int, size: ModelSize, batch: SampleBatch, mask_id: int, config: Path, repetitions: int, out: Path
+def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any, num_worlds: int = 1) -> None:
+    """Call `function(rank, *arguments)` in the ranks of a world, or of several side by side that know nothing of each other.
+
+    The environment of each is that of a rank. Raises ValueError where one failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    ranks = []
+    for _ in range(num_worlds):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks += [
+            context.Process(target=_start_rank, args=(rank, world_size, port, function, arguments))
+            for rank in range(world_size)
+        ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    if any(rank.exitcode for rank in ranks):
+        raise ValueError("a rank failed; see above")
+
+
+def _start_rank(
+    rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
+    function(rank, *arguments)
+
+
+def _rank(
+    rank: int, size: ModelSize, batch: SampleBatch, mask_id: int, config: Path, repetitions: int, out: Path
+) -> None:
     import torch
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel

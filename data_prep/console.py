@@ -95,12 +95,17 @@ def describe_error(error: BaseException) -> str:
     return str(error)
 
 
+def tell_error(error: BaseException, name: str) -> None:
+    """Tell the user, in one line."""
+    print(f"{name}: error: {describe_error(error)}", file=sys.stderr, flush=True)
+
+
 def run_command(command: Callable[[], None], name: str) -> int:
     """Run `command`; a user's mistake becomes one line on stderr and status 2, Ctrl-C status 130."""
     try:
         command()
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {describe_error(error)}", file=sys.stderr)
+        tell_error(error, name)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 
 from data_prep.shards import SPLITS, DataSet, SampleBatch, Split
 from data_prep.tokenizer import Tokenizer
+
+Shown = Literal["mask", "replaced", "kept"]
+Paint = Callable[[str, int], str]
 
 
 def summarize(data: DataSet) -> dict[str, Any]:
@@ -54,8 +57,8 @@ def describe(data: DataSet) -> Iterator[str]:
         )
 
 
-def show_samples(data: DataSet, split: Split, first: int, count: int, mask_set: int) -> Iterator[str]:
-    """Each sample's text with its masks in place, and its turns in factorization order."""
+def read_for_show(data: DataSet, split: Split, first: int, count: int, mask_set: int) -> SampleBatch:
+    """At most `count` samples from number `first` on. Raises ValueError that names the flag for what is not there."""
     if count < 1:
         raise ValueError(f"--count {count}: expected at least 1")
     if not data.num_samples(split):
@@ -65,15 +68,22 @@ def show_samples(data: DataSet, split: Split, first: int, count: int, mask_set: 
         raise ValueError(f"--sample {first}: {split} has samples 0 to {data.num_samples(split) - 1}")
     if not 0 <= mask_set < data.num_mask_sets:
         raise ValueError(f"--mask_set {mask_set}: the data set has mask sets 0 to {data.num_mask_sets - 1}")
+    return data.read_samples(split, first, stop, mask_set).as_int64()
+
+
+def show_samples(
+    data: DataSet, split: Split, first: int, count: int, mask_set: int, paint: Paint = lambda text, turn: text
+) -> Iterator[str]:
+    """Each sample's text with its masks in place, and its turns in factorization order; `paint` colours what is of a turn."""
+    batch = read_for_show(data, split, first, count, mask_set)
     yield "In the text: {turn:original>shown}, [M] = the mask. Below it: the turns in the order in which they are predicted."
-    batch = data.read_samples(split, first, stop, mask_set).as_int64()
-    for row in range(stop - first):
+    for row in range(len(batch.length_B)):
         yield ""
         yield f"--- {split} sample {first + row}, {batch.length_B[row]} tokens, {batch.num_masked_B[row]} masked ---"
-        yield from _show(data.tokenizer, batch, row)
+        yield from _show(data.tokenizer, batch, row, paint)
 
 
-def _show(tokenizer: Tokenizer, batch: SampleBatch, row: int) -> Iterator[str]:
+def _show(tokenizer: Tokenizer, batch: SampleBatch, row: int, paint: Paint) -> Iterator[str]:
     num_masked = batch.num_masked_B[row]
     positions, turns, shown = (a[row, :num_masked] for a in (batch.positions_BP, batch.turns_BP, batch.shown_BP))
     turn_at = dict(zip(positions.tolist(), zip(turns.tolist(), shown.tolist(), strict=True), strict=True))
@@ -83,17 +93,28 @@ def _show(tokenizer: Tokenizer, batch: SampleBatch, row: int) -> Iterator[str]:
         surface = tokenizer.surface(token_id)
         if position in turn_at:
             turn, shown_id = turn_at[position]
-            words.append(f"{space}{{{turn}:{surface}>{_name_shown(tokenizer, token_id, shown_id)}}}")
+            masked = f"{{{turn}:{surface}>{_name_shown(tokenizer, token_id, shown_id)}}}"
+            words.append(space + paint(masked, turn))
         else:
             words.append(f" {surface} " if token_id in tokenizer.special_ids else space + surface)
     yield " ".join("".join(words).split())
     yield "turns: " + "  ".join(
-        f"{turn}:{'|'.join(tokenizer.piece(t) for t in batch.tokens_BL[row, positions[turns == turn]])}@{positions[turns == turn][0]}"
-        for turn in np.unique(turns)
+        paint(
+            f"{turn}:{'|'.join(tokenizer.piece(t) for t in batch.tokens_BL[row, positions[turns == turn]])}"
+            f"@{positions[turns == turn][0]}",
+            turn,
+        )
+        for turn in np.unique(turns).tolist()
     )
 
 
-def _name_shown(tokenizer: Tokenizer, original_id: int, shown_id: int) -> str:
+def what_is_shown(tokenizer: Tokenizer, original_id: int, shown_id: int) -> Shown:
+    """What the context has in a masked token's place."""
     if shown_id == tokenizer.mask_id:
-        return "[M]"
-    return "kept" if shown_id == original_id else tokenizer.surface(shown_id)
+        return "mask"
+    return "kept" if shown_id == original_id else "replaced"
+
+
+def _name_shown(tokenizer: Tokenizer, original_id: int, shown_id: int) -> str:
+    what = what_is_shown(tokenizer, original_id, shown_id)
+    return tokenizer.surface(shown_id) if what == "replaced" else {"mask": "[M]", "kept": "kept"}[what]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.console import ArgumentParser, add_flags, flag_values
+from data_prep.console import add_flags, flag_values
 from data_prep.files import write_whole
 from finetune.classifier import Classifier, Inputs, Target, make_inputs
 from finetune.glue import BROKEN, GLUE, TRAIN, GlueTask, write_leaderboard_file
@@ -26,6 +26,7 @@ from finetune.processes import Processes
 from finetune.runs import (
     StartSettings,
     add_train_flags,
+    command_parser,
     fingerprint,
     load_start,
     run_with_processes,
@@ -179,7 +180,7 @@ def classes_of(labelled: Labelled, target: Target, train: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Inputs and their labels: classes, or numbers."""
 
     inputs: Inputs
@@ -189,9 +190,7 @@ class _Part:
 class ClassifyTask:
     """See finetune.trainer.Task."""
 
-    def __init__(
-        self, classifier: Classifier, train: _Part, validation: dict[str, _Part], score: Sequence[str]
-    ) -> None:
+    def __init__(self, classifier: Classifier, train: Part, validation: dict[str, Part], score: Sequence[str]) -> None:
         self._classifier, self._inputs, self._validation, self._score = classifier, train.inputs, validation, score
         self.lengths = train.inputs.lengths
         target = classifier.target
@@ -243,7 +242,7 @@ def train(
     parts = {}
     for suffix, part in (("train", data.train), *data.validation.items()):
         inputs = make_inputs(pretrained.tokenizer, part.texts, part.pairs, start.max_length_tokens)
-        parts[suffix] = _Part(inputs, labels[suffix])
+        parts[suffix] = Part(inputs, labels[suffix])
         tell_counts(processes, part.table, inputs, start.max_length_tokens)
 
     def make_task(model: PMLM, chosen: TrainSettings) -> tuple[nn.Module, ClassifyTask]:
@@ -343,7 +342,7 @@ def predict(args: Any, processes: Processes) -> None:
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = ArgumentParser(prog="python -m finetune.classify", description=__doc__)
+    parser = command_parser("python -m finetune.classify", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="fine-tune", description="Fine-tune a pre-trained model.")
     for cls in (DataSettings, ColumnSettings):

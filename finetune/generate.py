@@ -20,12 +20,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import ArgumentParser, add_flags, flag_values, progress_bar
+from data_prep.console import add_flags, flag_values, progress_bar
 from data_prep.files import named, read_json, sha256_of_file, sync_directory, unfinished_file, write_json
 from finetune.model import model_folder
 from finetune.pairs import PairColumns, Pairs, are_filled, make_sources, read_pairs
 from finetune.processes import Processes
-from finetune.runs import run_with_processes, say
+from finetune.runs import command_parser, run_with_processes, say
 from finetune.score import made_by_file, read_lines
 from finetune.search import Found, SearchSettings, Trace, decode, refuse_impossible, stream
 from finetune.writer import Writer
@@ -275,7 +275,7 @@ def command(args: Any, processes: Processes) -> None:
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = ArgumentParser(prog="python -m finetune.generate", description=__doc__)
+    parser = command_parser("python -m finetune.generate", __doc__)
     parser.add_argument(
         "--model", type=Path, default=Path("runs/seq2seq"), help="what `python -m finetune.seq2seq` wrote"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,38 @@ def join_processes() -> Processes:
         take_place()
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(place.rank, place.world_size, device)
+
+
+_TOLD, _HEARD = "the first process told a user's error", "so many heard it"
+_PATIENCE_S, _LINGER_S, _POLL_S = 5.0, 1.5, 0.05
+
+
+def have_told(processes: Processes) -> None:
+    """Let the other processes know that the first one told what is wrong, so that they need not."""
+    if not distributed.is_initialized():
+        return
+    store = distributed.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    store.set(_TOLD, "1")
+    deadline = time.monotonic() + _LINGER_S  # the store goes with this process, and torch says so at length
+    while store.add(_HEARD, 0) < processes.world_size - 1 and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def is_told() -> bool:
+    """Whether the first process has told what is wrong, or does so soon, or is no more."""
+    if not distributed.is_initialized():
+        return False
+    store = distributed.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + _PATIENCE_S
+    try:
+        while not store.check([_TOLD]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        store.add(_HEARD, 1)
+    except RuntimeError:
+        return True
+    return True
 
 
 def leave_processes() -> None:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.console import ArgumentParser, add_flags, flag_values
+from data_prep.console import add_flags, flag_values
 from data_prep.files import write_json
 from finetune.answerer import Answer, Answerer, AnswerSettings, Windows
 from finetune.processes import Processes
 from finetune.runs import (
     StartSettings,
     add_train_flags,
+    command_parser,
     fingerprint,
     load_start,
     run_with_processes,
@@ -104,6 +105,9 @@ def train(
 
     maker = answerer_of(pretrained.model, 0)
     training = maker.windows(usable(files[train_file], processes))
+    if num_unmatched := files[validation_file].num_unmatched:
+        say(processes, f"warning: {validation_file}: {num_unmatched:,} questions have answers that are not in the passage at "
+            "answer_start; they are scored all the same")  # fmt: skip
     validation = maker.windows(files[validation_file].questions)
     say(processes, *(
         f"{path}: {len(w.questions):,} questions in {len(w.windows):,} windows"
@@ -162,7 +166,7 @@ def predict(args: Any, processes: Processes) -> None:
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = ArgumentParser(prog="python -m finetune.question_answering", description=__doc__)
+    parser = command_parser("python -m finetune.question_answering", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="fine-tune", description="Fine-tune a pre-trained model.")
     training.add_argument("--train_file", type=Path, metavar="PATH", required=True, help="SQuAD's JSON to train on")

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from data_prep.console import ArgumentParser, add_flags, flag_values, run_command
+from data_prep.console import USER_ERROR_STATUS, ArgumentParser, add_flags, flag_values, run_command, tell_error
 from data_prep.files import sha256_of_file, write_json
 from finetune.model import SUMMARY
-from finetune.processes import Processes, join_processes, leave_processes
+from finetune.processes import Processes, have_told, is_told, join_processes, leave_processes
 from finetune.trainer import MODEL, Task, Trainer, TrainSettings
 from finetune.weights import Pretrained, load_pretrained
 from pretrain.model import PMLM
@@ -52,6 +52,13 @@ class StartSettings:
             raise ValueError(f"--max_length_tokens {self.max_length_tokens}: expected at least 8")
         if self.seeds < 1:
             raise ValueError(f"--seeds {self.seeds}: expected at least 1")
+
+
+def command_parser(prog: str, description: str | None) -> ArgumentParser:
+    """For a command that a launcher may start."""
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher, not used")
+    return parser
 
 
 def add_train_flags(parser: ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
@@ -158,6 +165,16 @@ def run_with_processes(command: Callable[[Processes], None], prog: str) -> int:
         processes = join_processes()
         try:
             command(processes)
+        except Exception as error:
+            if processes.world_size == 1:
+                raise
+            if processes.is_first and isinstance(error, (ValueError, OSError)):
+                tell_error(error, prog)
+                have_told(processes)
+                sys.exit(USER_ERROR_STATUS)
+            if not processes.is_first and is_told():
+                sys.exit(USER_ERROR_STATUS)
+            raise
         finally:
             leave_processes()
 

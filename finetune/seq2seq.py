@@ -31,6 +31,7 @@ from finetune.processes import Processes
 from finetune.runs import (
     StartSettings,
     add_train_flags,
+    command_parser,
     fingerprint,
     load_start,
     run_with_processes,
@@ -258,7 +259,7 @@ def train(
 
 def make_parser() -> tuple[ArgumentParser, ArgumentParser]:
     """The command line, and that of `train`."""
-    parser = ArgumentParser(prog="python -m finetune.seq2seq", description=__doc__)
+    parser = command_parser("python -m finetune.seq2seq", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="fine-tune", description="Fine-tune a pre-trained model.")
     training.add_argument("--train_file", type=Path, metavar="PATH", required=True, help="pairs to train on")

@@ -18,10 +18,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from torch import nn
 from data_prep.console import progress_bar
 from data_prep.files import read_json, unfinished_file, write_json
 from finetune.batches import epoch_order, micro_batches
+from finetune.optimizer import Optimizer, PartedState, Precision, WholeState, deepspeed_config
 from finetune.processes import Processes
 from pretrain.lock import hold_run
 from pretrain.metrics import Metrics, read_records
@@ -39,7 +39,7 @@ from pretrain.model import has_weight_decay
 
 MODEL, STATE, RESULT, CURVE = "model", "state.safetensors", "result.json", "learning_curve.png"
 _LOG_STEPS = 10
-_BETAS, _EPS = (0.9, 0.999), 1e-8
+_SMALLEST_LOSS_SCALE = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ class TrainSettings:
     """Larger gradients are scaled down to this norm; 0 = never."""
     micro_batch_size: int = 8
     """Samples computed at once; the processes share a batch's micro batches."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of matrix products; weights, gradients and AdamW stay in fp32."""
+    precision: Precision = "fp32"
+    """Of matrix products; AdamW and the weights it updates stay in fp32. fp16 has a dynamic loss scale."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON with ZeRO stage 1 or 2 (ds_configs/zero2_finetune.json): each process has a part of AdamW's state."""
     eval_steps: int = 0
     """Steps from one validation to the next, after each of which an interrupted training can go on; 0 = an epoch."""
     patience: int = 0
@@ -115,11 +117,6 @@ class _Progress:
     """Validations since the best."""
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Matrix products in that precision."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
 def seed_for(*key: object) -> int:
     """A seed of torch's generator for this key."""
     digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
@@ -162,19 +159,18 @@ class Trainer:
     ) -> None:  # fmt: skip
         """`identity`: what else the result depends on. Raises ValueError where the run in the folder is another."""
         self._model, self._task, self._settings, self._run, self._processes = model, task, settings, run, processes
-        self._identity = json.loads(json.dumps({**asdict(settings), **identity}))
+        chosen = {name: value for name, value in asdict(settings).items() if name != "deepspeed_config"}
+        self._identity = json.loads(json.dumps({**chosen, **identity}))
         num_samples = len(task.lengths)
         self._steps_per_epoch = -(-num_samples // settings.batch_size)
         self._num_steps = self._steps_per_epoch * settings.epochs
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings), lr=settings.learning_rate, betas=_BETAS, eps=_EPS, fused=True
-        )
-        self._parameters = dict(model.named_parameters())
-        self._gradients = torch.zeros(sum(p.numel() for p in self._parameters.values()), device=processes.device)
-        start = 0
-        for parameter in self._parameters.values():
-            parameter.grad = self._gradients[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        groups = parameter_groups(model, settings)
+        self._optimizer: Optimizer
+        if settings.deepspeed_config is None:
+            self._optimizer = WholeState(model, task, groups, processes, settings.precision, settings.max_gradient_norm)
+        else:
+            config = deepspeed_config(settings.deepspeed_config, chosen, processes.world_size)
+            self._optimizer = PartedState(model, task, groups, processes, config)
         self._progress = _Progress()
 
     def train(self) -> dict[str, Any]:
@@ -186,6 +182,7 @@ class Trainer:
         else:
             result = self._train()
         self._processes.wait()
+        self._optimizer.close()
         return result
 
     def _train(self) -> dict[str, Any]:
@@ -198,31 +195,37 @@ class Trainer:
         progress, settings, is_first = self._progress, self._settings, self._processes.is_first
         metrics = Metrics(self._run, progress.step) if is_first else None
         every = settings.eval_steps or self._steps_per_epoch
-        loss_sum, num_losses, started = 0.0, 0, time.monotonic()
+        loss_sum, num_losses, num_steps, started = 0.0, 0, 0, time.monotonic()
         bar = progress_bar(
             self._run.name, self._num_steps, "step", initial=progress.step, is_shown=is_first, is_lasting=False
         )
         with bar:
             while progress.step < self._num_steps and not self._is_at_end():
                 loss, norm = self._step()
-                loss_sum, num_losses = loss_sum + loss, num_losses + 1
+                is_skipped = settings.precision == "fp16" and math.isinf(norm)
+                if not is_skipped:
+                    loss_sum, num_losses = loss_sum + loss, num_losses + 1
+                num_steps += 1
                 step = progress.step = progress.step + 1
                 bar.update()
                 is_due = step % every == 0 or step == self._num_steps
                 if step % _LOG_STEPS == 0 or is_due:
-                    if not math.isfinite(loss_sum):
+                    is_hopeless = is_skipped and self._optimizer.loss_scale <= _SMALLEST_LOSS_SCALE
+                    if is_hopeless or not math.isfinite(loss_sum):
                         raise ValueError(
                             f"{self._run}: the loss is not a number at step {step}; try a lower --learning_rate than "
                             f"{settings.learning_rate}"
                         )
                     if metrics is not None:
-                        samples_per_s = num_losses * settings.batch_size / (time.monotonic() - started)
+                        samples_per_s = num_steps * settings.batch_size / (time.monotonic() - started)
                         metrics.record("train", step, {
-                            "loss": loss_sum / num_losses, "gradient_norm": norm, "samples_per_s": round(samples_per_s, 2),
+                            "loss": loss_sum / max(1, num_losses), "gradient_norm": norm,
+                            "samples_per_s": round(samples_per_s, 2),
                             "learning_rate": self._learning_rate(step - 1), "epoch": step / self._steps_per_epoch,
+                            **({"loss_scale": self._optimizer.loss_scale} if settings.precision == "fp16" else {}),
                         })  # fmt: skip
-                    bar.set_postfix_str(f"loss {loss_sum / num_losses:.4f}, best {progress.best_score:.4f}")
-                    loss_sum, num_losses, started = 0.0, 0, time.monotonic()
+                    bar.set_postfix_str(f"loss {loss_sum / max(1, num_losses):.4f}, best {progress.best_score:.4f}")
+                    loss_sum, num_losses, num_steps, started = 0.0, 0, 0, time.monotonic()
                 if is_due:
                     self._validate(metrics)
                     started = time.monotonic()
@@ -251,30 +254,21 @@ class Trainer:
         order = epoch_order(settings.seed, epoch, len(self._task.lengths))
         batch = order[in_epoch * settings.batch_size : (in_epoch + 1) * settings.batch_size]
         self._model.train()
-        self._gradients.zero_()
         loss_sum = torch.zeros((), device=processes.device)
-        for place, samples in enumerate(micro_batches(batch, self._task.lengths, settings.micro_batch_size)):
-            if place % processes.world_size != processes.rank:
-                continue
+        parts = micro_batches(batch, self._task.lengths, settings.micro_batch_size)
+        mine = range(processes.rank, len(parts), processes.world_size)
+        for place in mine:
             torch.manual_seed(seed_for("dropout", settings.seed, step, place))
-            with autocast(processes.device, settings.precision):
-                loss = self._task.loss(samples.tolist(), epoch) / len(batch)
-            loss.backward()
-            loss_sum += loss.detach()
-        processes.sum(self._gradients)
+            loss_sum += self._optimizer.add(parts[place].tolist(), epoch, 1 / len(batch))
+        for _ in range(len(mine), self._optimizer.num_turns):
+            self._optimizer.add(parts[-1][-1:].tolist(), epoch, 0.0)
         processes.sum(loss_sum)
-        norm = self._gradients.norm()
-        if settings.max_gradient_norm:
-            self._gradients *= (settings.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate(step) * group["scale"]
-        self._optimizer.step()
-        return float(loss_sum), float(norm)
+        return float(loss_sum), self._optimizer.step(self._learning_rate(step))
 
     def _validate(self, metrics: Metrics | None) -> None:
         progress = self._progress
         self._model.eval()
-        with torch.no_grad(), autocast(self._processes.device, self._settings.precision):
+        with torch.no_grad(), self._optimizer.computing():
             values = self._task.validate()
         is_better = values["score"] > progress.best_score
         progress.num_worse = 0 if is_better else progress.num_worse + 1
@@ -282,19 +276,21 @@ class Trainer:
             progress.best_score, progress.best_step = values["score"], progress.step
         if metrics is not None:
             metrics.record("validation", progress.step, {**values, "epoch": progress.step / self._steps_per_epoch})
-            if is_better:
-                (self._run / MODEL).mkdir(exist_ok=True)
-                self._task.save(self._run / MODEL)
-            if progress.step < self._num_steps and not self._is_at_end():
-                self._save_state()
+        if is_better:
+            with self._optimizer.saving():
+                if metrics is not None:
+                    (self._run / MODEL).mkdir(exist_ok=True)
+                    self._task.save(self._run / MODEL)
+        if progress.step < self._num_steps and not self._is_at_end():
+            self._save_state()
+        if metrics is not None:
             draw_learning_curve(self._run)
 
     def _save_state(self) -> None:
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}.{name}"] = self._optimizer.state[parameter][key]
-        facts = {"progress": json.dumps(asdict(self._progress)), "identity": json.dumps(self._identity)}
+        tensors, facts = self._optimizer.state()
+        if not self._processes.is_first:
+            return
+        facts |= {"progress": json.dumps(asdict(self._progress)), "identity": json.dumps(self._identity)}
         with unfinished_file(self._run / STATE) as partial:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, facts)
 
@@ -303,20 +299,13 @@ class Trainer:
         if not file.is_file():
             return
         try:
-            with safe_open(file, "pt", device=str(self._processes.device)) as stored:
+            with safe_open(file, "pt") as stored:
                 facts = stored.metadata()
-                self._refuse_other(json.loads(facts["identity"]), file)
-                with torch.no_grad():
-                    for name, parameter in self._parameters.items():
-                        parameter.copy_(stored.get_tensor(f"model.{name}"))
-                        self._optimizer.state[parameter] = {
-                            key: stored.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")
-                        }
+            self._refuse_other(json.loads(facts["identity"]), file)
+            self._optimizer.restore(file)
         except SafetensorError as error:
             raise ValueError(f"{file}: is damaged ({error}); remove it to train from the beginning") from None
         self._progress = _Progress(**json.loads(facts["progress"]))
-        for state in self._optimizer.state.values():
-            state["step"] = torch.tensor(float(self._progress.step), device=self._processes.device)
 
     def _refuse_other(self, identity: dict[str, Any], file: Path) -> None:
         names = sorted(identity.keys() | self._identity.keys())

@@ -53,9 +53,9 @@ def make_attention(
     raise ValueError(f"no attention {backend!r}; expected one of {', '.join(get_args(AttentionBackend))}")
 
 
-def choose_backend(layout: Layout, dropout_rate: float) -> AttentionBackend:
+def choose_backend(is_cuda: bool, dropout_rate: float) -> AttentionBackend:
     """What `auto` is: `cpu` on a CPU; on CUDA `flex`, or `reference` where something is dropped, which flex cannot do."""
-    if layout.ids_N.is_cuda:
+    if is_cuda:
         return "reference" if dropout_rate else "flex"
     return "cpu"
 

@@ -79,7 +79,8 @@ class RunConfig:
             raise ValueError("; ".join(faults))
 
 
-_MODEL_NUMBERS = tuple(field.name for field in fields(PMLMConfig) if field.name != "vocab_size")
+MODEL_NUMBERS = tuple(field.name for field in fields(PMLMConfig) if field.name != "vocab_size")
+"""What the command line may replace of a model's size."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,33 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, description=description)
     add_flags(parser.add_argument_group("run"), RunConfig)
     numbers = parser.add_argument_group("model", "single numbers of the model, in place of those of its --model size")
-    add_flags(numbers, PMLMConfig, only=_MODEL_NUMBERS, optional=True)
+    add_flags(numbers, PMLMConfig, only=MODEL_NUMBERS, optional=True)
     parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher, not used")
     return parser
+
+
+def model_of(args: Any, vocab_size: int) -> PMLMConfig:
+    """The model of --model and of the numbers that replace some of its size's. Raises ValueError that lists what is wrong."""
+    numbers = {name: value for name, value in flag_values(args, MODEL_NUMBERS).items() if value is not None}
+    return PMLMConfig.of_size(args.model, vocab_size=vocab_size, **numbers)
+
+
+def model_faults(
+    model: PMLMConfig, attention: AttentionBackend, data: Path | None, max_length_tokens: int
+) -> list[str]:
+    """What of a model cannot be trained so, or not on such samples."""
+    faults = []
+    if model.max_positions < max_length_tokens:
+        faults.append(
+            f"{data or '--max_length_tokens'}: samples have up to {max_length_tokens} tokens and the model "
+            f"{model.max_positions} positions; pass --max_positions {max_length_tokens}"
+        )
+    if attention == "flex" and model.dropout:
+        faults.append(
+            f"--attention flex cannot drop attention probabilities, and dropout is {model.dropout}; "
+            "pass --dropout 0 or another --attention"
+        )
+    return faults
 
 
 def check_inputs(args: Any, world_size: int) -> Inputs:
@@ -115,23 +140,14 @@ def check_inputs(args: Any, world_size: int) -> Inputs:
             faults.append(describe_error(error))
             return None
 
-    numbers = {name: value for name, value in flag_values(args, _MODEL_NUMBERS).items() if value is not None}
     config = checked(lambda: RunConfig(**flag_values(args, [field.name for field in fields(RunConfig)])))
     deepspeed = checked(lambda: DeepSpeedConfig(args.deepspeed_config))
     sizes = checked(lambda: deepspeed.batch_sizes(world_size)) if deepspeed else None
     data = checked(lambda: DataSet(args.data))
     vocab_size = data.tokenizer.vocab_size if data else 1
-    model = checked(lambda: PMLMConfig.of_size(args.model, vocab_size=vocab_size, **numbers))
-    if data and model and model.max_positions < data.max_length_tokens:
-        faults.append(
-            f"{args.data}: samples have up to {data.max_length_tokens} tokens and the model {model.max_positions} positions; "
-            f"pass --max_positions {data.max_length_tokens}"
-        )
-    if config and model and config.attention == "flex" and model.dropout:
-        faults.append(
-            f"--attention flex cannot drop attention probabilities, and dropout is {model.dropout}; "
-            "pass --dropout 0 or another --attention"
-        )
+    model = checked(lambda: model_of(args, vocab_size))
+    if model:
+        faults += model_faults(model, args.attention, args.data, data.max_length_tokens if data else 0)
     total_steps = None
     if deepspeed:
         total_steps = args.max_steps or deepspeed.total_steps

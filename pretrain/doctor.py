@@ -24,6 +24,7 @@ from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
 from pretrain.checkpoint import checkpoints_folder
 from pretrain.config import Inputs, check_inputs, make_parser
 from pretrain.launchers import slurm_port, tasks_per_node
+from pretrain.memory import checkpoint_bytes, num_parameters
 from pretrain.probe import num_gpus
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
@@ -32,8 +33,6 @@ _ALL_REDUCE_PATIENCE_S = 180
 _FIRST_RANKS_WITHOUT_GPU = 2
 _MAX_EPOCHS = 40
 _DEEPSPEED_PORT = 29500
-_STATE_BYTES = 12
-"""A parameter's fp32 weight and two moments."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ def _of_run(inputs: Inputs | None, args: Any) -> Iterator[Check]:
         yield Check("samples", "warning", found, remedy)
     else:
         yield Check("samples", "ok", found)
-    size = checkpoint_bytes(inputs)
+    size = checkpoint_bytes(num_parameters(inputs.model), inputs.deepspeed.precision)
     kept = len([*checkpoints_folder(args.run).glob("step*")])
     num_more = max(1, inputs.config.keep_last + 1 - kept)
     free = shutil.disk_usage(args.run).free
@@ -266,17 +265,6 @@ def _of_run(inputs: Inputs | None, args: Any) -> Iterator[Check]:
         f"{free / 1e9:.2f} GB free in {args.run}; {num_more} checkpoints of {size / 1e9:.2f} GB",
         "" if is_enough else "free some, put --run elsewhere, or lower --keep_last",
     )  # fmt: skip
-
-
-def checkpoint_bytes(inputs: Inputs) -> int:
-    """The size of a checkpoint: fp32 weights and two moments, and the weights that the model computes with."""
-    import torch
-
-    from pretrain.model import PMLM
-
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in PMLM(inputs.model).parameters())
-    return num_parameters * (_STATE_BYTES + (4 if inputs.deepspeed.precision == "fp32" else 2))
 
 
 def _all_reduce(hosts: Hosts, answers: list[dict[str, Any]], args: Any) -> Check:

@@ -7,6 +7,7 @@ itself ignores keys it does not know, so a misspelt one would change a run witho
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,20 @@ class BatchSizes:
 class DeepSpeedConfig:
     """A checked DeepSpeed JSON."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError, or ValueError that lists every fault of the file."""
+    def __init__(self, path: Path, decided: Mapping[str, tuple[Any, str]] | None = None) -> None:
+        """`decided`: of a program whose flags decide in the file's place, each key (`optimizer.params.lr`) with its value and
+        flag; in the file it may be missing, "auto" or equal, and there is no scheduler. train_batch_size is then
+        what the other two sizes make it.
+
+        Raises FileNotFoundError, or ValueError that lists every fault of the file.
+        """
         if not path.is_file():
             raise FileNotFoundError(2, "no such DeepSpeed configuration; ds_configs/ has some", str(path))
         self.path = path
         self.values: dict[str, Any] = read_json(path)
-        faults = _faults(self.values) if isinstance(self.values, dict) else ["expected a JSON object"]
+        if not isinstance(self.values, dict):
+            raise ValueError(f"{path}: expected a JSON object, found {type(self.values).__name__}")
+        faults = _faults(self.values) if decided is None else _decide(self.values, decided)
         if faults:
             raise ValueError(f"{path}: {'; '.join(faults)}")
 
@@ -107,6 +115,32 @@ def _faults(values: dict[str, Any]) -> list[str]:
         elif known is not None:
             faults += _unknown_keys(f"{section}.", content, known)
     return faults or [*_batch_faults(values), *_recipe_faults(values)]
+
+
+def _decide(values: dict[str, Any], decided: Mapping[str, tuple[Any, str]]) -> list[str]:
+    """Fill in what the flags decide; returns the faults."""
+    faults = []
+    if "scheduler" in values:
+        faults.append("scheduler: the learning rate is decided by the flags; leave the section out")
+    params = values.get("optimizer", {}).get("params", {})
+    for name in sorted(params.keys() - {key.rpartition(".")[2] for key in decided}):
+        faults.append(f"optimizer.params.{name}: decided by the program; leave it out")
+    for key, (value, flag) in decided.items():
+        *sections, name = key.split(".")
+        section = values
+        for outer in sections:
+            section = section.setdefault(outer, {})
+            if not isinstance(section, dict):
+                return [*faults, f"{outer}: expected an object, found {section!r}"]
+        found = section.get(name, "auto")
+        if found not in ("auto", value):
+            faults.append(f"{key} is {found!r}, and {flag} makes it {value!r}; make them equal, or leave the key out")
+        section[name] = value
+    stage = values.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2):
+        faults.append(f"zero_optimization.stage: expected 1 or 2, found {stage!r}")
+    del values["train_batch_size"]
+    return faults or _faults(values | {"scheduler": {"type": "", "params": {}}})
 
 
 def _section(values: dict[str, Any], name: str) -> Any:

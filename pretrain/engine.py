@@ -8,9 +8,9 @@ import hashlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
@@ -76,6 +76,24 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decay, "name": "decay"}, {"params": no_decay, "name": "no_decay", "weight_decay": 0.0}]
 
 
+class SavedState(Protocol):
+    """What an engine's state is restored from."""
+
+    loss_scaler: dict[str, Any]
+    counters: dict[str, Any]
+    """Of Adam."""
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether Adam had made a step."""
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        """See Partitions."""
+
+
+_S = TypeVar("_S", bound=SavedState)
+
+
 class Engine:
     """A model under DeepSpeed: forward, backward, step, checkpoint, and sums over the ranks.
 
@@ -83,14 +101,15 @@ class Engine:
     `_forget_adam_powers`.
     """
 
-    def __init__(self, model: nn.Module, config: DeepSpeedConfig) -> None:
-        """Raises ValueError for a configuration that DeepSpeed refuses."""
+    def __init__(self, model: nn.Module, config: DeepSpeedConfig, groups: list[dict[str, Any]] | None = None) -> None:
+        """`groups`: the optimizer's, else those of `parameter_groups`. Raises ValueError for a configuration that DeepSpeed
+        refuses."""
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self.batch_sizes: BatchSizes = config.batch_sizes(self.world_size)
         values = {**config.values, **_three_sizes(self.batch_sizes)}
         try:
             self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
-                model=model, model_parameters=parameter_groups(model), config=values
+                model=model, model_parameters=groups or parameter_groups(model), config=values
             )
         except ValidationError as error:
             faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -158,8 +177,17 @@ class Engine:
 
     def __call__(self, layout: Layout) -> PretrainingLosses:
         """Forward pass of a micro batch, in the mode (train or eval) that `train` set."""
-        losses: PretrainingLosses = self._engine(layout.to(self.device))
+        losses: PretrainingLosses = self.forward(layout.to(self.device))
         return losses
+
+    def forward(self, *inputs: Any) -> Any:
+        """The same for a model of another kind."""
+        return self._engine(*inputs)
+
+    def set_learning_rates(self, rates: Sequence[float]) -> None:
+        """Of the coming step, for each parameter group, where the DeepSpeed JSON has no schedule."""
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
@@ -239,9 +267,23 @@ class Engine:
         DeepSpeed's own way takes the same number of ranks alone, or a converted copy of the checkpoint on disk, and
         unpickles whatever a file holds. Raises ValueError, on all ranks, where one could not read a file.
         """
+        saved = self.restore(lambda: Partitions(folder / tag))
+        self._scheduler.load_state_dict(saved.model_states["lr_scheduler"])
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, name, saved.model_states[name])
+        for group, settings, lr in zip(
+            self._optimizer.param_groups, self._group_settings, self._scheduler.get_lr(), strict=True
+        ):
+            group.update(settings, lr=lr)
+
+    def restore(self, read: Callable[[], _S]) -> _S:
+        """Take weights, Adam's state and loss scale from what `read` gives, and return it.
+
+        Raises ValueError, on all ranks, where one could not read.
+        """
         failure = None
         try:
-            saved = Partitions(folder / tag)
+            saved = read()
             if self.zero_stage == 3:
                 self._optimizer.checkpoint_event_prologue()
             self._restore_partitions(saved)
@@ -257,15 +299,9 @@ class Engine:
             self._optimizer.update_lp_params()
         if self._is_fp16:
             vars(self._optimizer.loss_scaler).update(saved.loss_scaler | {"raise_error_at_min_scale": False})
-        self._scheduler.load_state_dict(saved.model_states["lr_scheduler"])
-        for name in ("global_steps", "global_samples", "skipped_steps"):
-            setattr(self._engine, name, saved.model_states[name])
-        for group, settings, lr in zip(
-            self._optimizer.param_groups, self._group_settings, self._scheduler.get_lr(), strict=True
-        ):
-            group.update(settings, lr=lr)
+        return saved
 
-    def _restore_partitions(self, saved: Partitions) -> None:
+    def _restore_partitions(self, saved: SavedState) -> None:
         """Fill this rank's parts of the fp32 weights and of Adam's moments."""
         optimizer, state = self._optimizer, self._optimizer.optimizer.state
         is_cut_by_weight = self.zero_stage == 3
@@ -295,9 +331,33 @@ class Engine:
                     values = saved.read(name, kind, address.start, address.start + address.numel)
                     mapping.get_hp_fragment(key).data.copy_(values)
 
+    def whole(self, parameter: nn.Parameter, kind: str = WEIGHT) -> torch.Tensor:
+        """The fp32 weight, or a moment of it, put together from all ranks, which must all ask. Of ZeRO stage 1 and 2."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if kind != WEIGHT and mapping is not None and kind not in mapping.get_optim_state_keys():
+            self._optimizer._hp_optimizer_states_linked = False  # DeepSpeed linked them before Adam had any
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+        found: torch.Tensor = parameter.get_full_hp_param(None if kind == WEIGHT else kind)  # type: ignore[attr-defined]
+        return found
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that Adam made: those that fp16 skipped are not among them."""
+        return next((int(state["step"]) for state in self._optimizer.optimizer.state.values()), 0)
+
+    @property
+    def loss_scaler_state(self) -> dict[str, Any]:
+        """fp16's loss scale with its counters, for `SavedState`."""
+        state = vars(self._optimizer.loss_scaler).items()
+        return {name: value for name, value in state if isinstance(value, (int, float))} if self._is_fp16 else {}
+
+    def release(self) -> None:
+        """Give up what the engine holds; the ranks stay together."""
+        self._engine.destroy()
+
     def close(self) -> None:
         """Leave the other ranks."""
-        self._engine.destroy()
+        self.release()
         distributed.barrier()
         distributed.destroy_process_group()
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -60,13 +62,13 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     if launcher == "torch":
         if not address or not port:
             raise ValueError(
-                f"RANK is set and {'MASTER_PORT' if address else 'MASTER_ADDR'} is not: start run_pretrain.py by deepspeed, "
+                f"RANK is set and {'MASTER_PORT' if address else 'MASTER_ADDR'} is not: start {_program()} by deepspeed, "
                 "torchrun, srun or mpirun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             )
     elif launcher == "srun":
         if not address and local_size < world_size:
             raise ValueError(
-                "srun does not tell where rank 0 is; run_pretrain.sh does, or: "
+                "srun does not tell where rank 0 is: "
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
         address = address or _HERE
@@ -120,6 +122,12 @@ def _local_size(environ: Mapping[str, str], launcher: str, world_size: int) -> i
         return tasks_per_node(counts)[int(environ.get("SLURM_NODEID", 0))]
     given = next((name for name in _LOCAL_SIZES if environ.get(name)), None)
     return _number(environ, given, launcher) if given else world_size
+
+
+def _program() -> str:
+    """What was started, as one names it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -37,7 +37,7 @@ def hold_run(run: Path, console: IO[str], patience_s: float = _PATIENCE_S) -> IO
         holder = file.read().strip() or "another process"
         if time.monotonic() > deadline:
             file.close()
-            raise ValueError(f"{run}: is being trained by {holder}; wait for it, end it, or choose another --run")
+            raise ValueError(f"{run}: is being trained by {holder}; wait for it, end it, or choose another folder")
         if not is_told:
             print(f"waiting for {holder} to leave {run}", file=console, flush=True)
             is_told = True

@@ -227,7 +227,7 @@ class _Encoder(nn.Module):
     def attention_of(self, layout: Layout) -> Attention:
         """The chosen backend's attention of a batch."""
         dropout_rate = self.dropout if self.training else 0.0
-        backend = choose_backend(layout, dropout_rate) if self.attention == "auto" else self.attention
+        backend = choose_backend(layout.ids_N.is_cuda, dropout_rate) if self.attention == "auto" else self.attention
         return make_attention(backend, layout, self.rel_pos_bias, dropout_rate)
 
     def forward(

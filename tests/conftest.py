@@ -9,9 +9,11 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
+from browser import Browser, start_browser
 from ranks import Ranks
 from slurm import start_slurm
 from support import REPOSITORY, TESTS_MARK, kill_left_processes
@@ -29,6 +31,7 @@ LONGEST_FIRST = (
 def pytest_configure() -> None:
     """Mark what the tests start; pytest's own worker processes inherit the mark."""
     os.environ.setdefault(TESTS_MARK, uuid.uuid4().hex)
+    resource_tracker.ensure_running()  # else the first test that needs it owns it
 
 
 @pytest.hookimpl(trylast=True)
@@ -70,6 +73,13 @@ def two_ranks() -> Iterator[Ranks]:
     ranks = Ranks(2)
     yield ranks
     ranks.end()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium."""
+    with start_browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

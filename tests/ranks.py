@@ -50,7 +50,9 @@ class Ranks:
             process = context.Process(
                 target=_serve, args=(rank, self._world_size, port, there, self._is_joined), daemon=True
             )
-            process.start()
+            with mock.patch.dict(os.environ):
+                os.environ.pop("PYTEST_CURRENT_TEST", None)  # they are no test's own, see kill_left_processes
+                process.start()
             there.close()
             self._ranks.append((process, here))
 

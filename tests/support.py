@@ -26,6 +26,9 @@ from pretrain.checkpoint import FORMAT, VERSION
 REPOSITORY = Path(__file__).resolve().parent.parent
 TESTS_MARK = "PMLM_TESTS"
 """Environment variable of every process that this pytest started."""
+DEEPSPEED_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+RECIPES = [path for path in DEEPSPEED_CONFIGS if "finetune" not in path.name]
+"""Those for pre-training."""
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50

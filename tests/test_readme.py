@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def readme_commands() -> list[str]:
     """The lines of all bash blocks, in order."""
     blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def readme_python() -> str:
+    """The Python block."""
+    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    return str(block)
 
 
 def test_every_command_runs(copy: Path) -> None:
@@ -43,6 +50,10 @@ def test_every_command_runs(copy: Path) -> None:
     assert (copy / "data" / "my_texts" / "manifest.json").exists()
     assert list((copy / "runs" / "my_texts" / "checkpoints").glob("step*"))
     assert (copy / "runs" / "pretrain" / "export" / "model.safetensors").exists()
+
+    assert len([line for line in readme_python().splitlines() if line]) <= 5
+    predicted = run_in_shell(f"python -c {shlex.quote(readme_python())}", copy)
+    assert re.match(r"\['(austen|bierce)', '(austen|bierce)'\] \[\[", predicted)
 
     second = run_in_shell("./run_pretrain.sh", copy)
     assert "nothing to do" in second

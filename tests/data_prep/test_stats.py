@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import REPOSITORY
+from support import RECIPES
 
 from data_prep.__main__ import make_parser
 from data_prep.corpus import Document, find_sources, read_documents
@@ -22,8 +22,6 @@ from data_prep.processes import LocalProcesses
 from data_prep.shards import FORMAT, MANIFEST, SPLITS, VERSION, DataSet, Split, find_faults
 from data_prep.stats import FREQUENT, Measured, TextCounts, describe, draw, measure, read_recipe, summarize
 from data_prep.tokenizer import Tokenizer
-
-RECIPES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
 def measured_of(folder: Path, recipe: Path | None = None, **settings: Any) -> Measured:

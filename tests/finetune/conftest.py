@@ -11,7 +11,9 @@ from support import REPOSITORY
 
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.tokenizer import Tokenizer, train_tokenizer
-from pretrain.export import write_export
+from finetune.tables import read_table
+from pretrain.export import StoredModel, write_export
+from pretrain.model import PMLM, PMLMConfig
 
 torch.set_num_threads(1)
 
@@ -56,4 +58,28 @@ def export(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A tiny export. Not to be changed."""
     folder = tmp_path_factory.mktemp("export") / "export"
     write_export(folder, stored(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[tuple[str, str]]:
+    """(author, sentence) of sample_tasks/authors."""
+    files = (REPOSITORY / "sample_tasks" / "authors" / name for name in ("train.tsv", "validation.tsv"))
+    return [(row[0], row[1]) for file in files for row in read_table(file, ["label", "text"]).rows]
+
+
+@pytest.fixture(scope="session")
+def classify_folder(sentences: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """weights/, train.tsv and dev.tsv with the columns label, text, next and length. Not to be changed."""
+    folder = tmp_path_factory.mktemp("classify")
+    tokenizer = train_tokenizer([text for _, text in sentences], folder / "tokenizer.model", vocab_size=500)
+    config = PMLMConfig.of_size(
+        "tiny", vocab_size=500, hidden_size=48, num_heads=4, intermediate_size=96, max_positions=32
+    )
+    torch.manual_seed(0)
+    weights = {name: parameter.detach() for name, parameter in PMLM(config).named_parameters()}
+    write_export(folder / "weights", StoredModel(folder, config, weights, tokenizer))
+    for name, rows in (("train.tsv", sentences[:240]), ("dev.tsv", sentences[240:])):
+        lines = [f"{label}\t{text}\t{text[::-1]}\t{len(text)}" for label, text in rows]
+        (folder / name).write_text("\n".join(["label\ttext\tnext\tlength", *lines]) + "\n", "utf-8")
     return folder

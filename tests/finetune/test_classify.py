@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import random
-import re
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from support import REPOSITORY, run_command
+from support import run_command
 
 from data_prep.draws import Decision, draw_words
 from data_prep.tokenizer import Tokenizer, train_tokenizer
@@ -30,45 +32,17 @@ from finetune.metrics import classification_metrics, regression_metrics
 from finetune.runs import GRID
 from finetune.tables import read_table
 from finetune.trainer import TrainSettings, learning_rate_factor, parameter_groups
-from pretrain.export import StoredModel, write_export
-from pretrain.model import PMLM, PMLMConfig
 
-AUSTEN, BIERCE = "austen", "bierce"
 QUICK = ("--epochs", "4", "--learning_rate", "2e-3", "--batch_size", "16")
 
 
-@pytest.fixture(scope="session")
-def sentences() -> list[tuple[str, str]]:
-    """(author, sentence) of the two books, mixed."""
-    corpus = REPOSITORY / "sample_corpus"
-    novel = " ".join(path.read_text("utf-8") for path in sorted((corpus / "pride_and_prejudice").glob("*.txt"))[:6])
-    entries = (corpus / "devils_dictionary.jsonl").read_text("utf-8").splitlines()[:300]
-    found = []
-    for author, text in ((AUSTEN, novel), (BIERCE, " ".join(json.loads(entry)["text"] for entry in entries))):
-        parts = (part.strip() for part in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text)))
-        found += [(author, part) for part in parts if len(part) > 40][:200]
-    random.Random(0).shuffle(found)
-    return found
-
-
-@pytest.fixture(scope="session")
-def folder(sentences: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """weights/, train.tsv and dev.tsv with the columns label, text, next and length. Not to be changed."""
-    folder = tmp_path_factory.mktemp("classify")
-    tokenizer = train_tokenizer([text for _, text in sentences], folder / "tokenizer.model", vocab_size=500)
-    config = PMLMConfig.of_size(
-        "tiny", vocab_size=500, hidden_size=48, num_heads=4, intermediate_size=96, max_positions=32
-    )
-    torch.manual_seed(0)
-    weights = {name: parameter.detach() for name, parameter in PMLM(config).named_parameters()}
-    write_export(folder / "weights", StoredModel(folder, config, weights, tokenizer))
-    for name, rows in (("train.tsv", sentences[:240]), ("dev.tsv", sentences[240:])):
-        lines = [f"{label}\t{text}\t{text[::-1]}\t{len(text)}" for label, text in rows]
-        (folder / name).write_text("\n".join(["label\ttext\tnext\tlength", *lines]) + "\n", "utf-8")
-    return folder
-
-
 Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def folder(classify_folder: Path) -> Path:
+    """Not to be changed."""
+    return classify_folder
 
 
 @pytest.fixture
@@ -91,11 +65,11 @@ def training(folder: Path, output: Path, *words: object) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, in a process of its own."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    done = run_command([sys.executable, "-m", "finetune.classify", *training(folder, run)])
-    assert done.returncode == 0, done.stderr
-    assert "are cut to --max_length_tokens 32" in done.stderr
+    """A finished run."""
+    run, told = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
+    with mock.patch.object(sys, "argv", ["classify", *training(folder, run)]), redirect_stderr(told):
+        assert main() == 0, told.getvalue()
+    assert "are cut to --max_length_tokens 32" in told.getvalue()
     return run
 
 
@@ -122,14 +96,27 @@ def test_it_learns_and_predicts(trained: Path, folder: Path, command: Command, t
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(trained: Path, folder: Path, tmp_path: Path) -> None:
+def test_several_processes_tell_an_error_once(folder: Path, tmp_path: Path) -> None:
     launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "finetune.classify"]
-    done = run_command([*launcher, *training(folder, tmp_path / "run")])
-    assert done.returncode == 0, done.stderr
-    one, two = best_weights(trained), best_weights(tmp_path / "run")
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-4, msg=name)
-    assert json.loads((trained / "summary.json").read_text())["best"] == "."
+    done = run_command([*launcher, *training(folder, tmp_path / "run", "--text_column", "words")])
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "finetune.classify: error:" in line]
+    assert len(told) == 1, done.stderr
+    assert "train.tsv: line 1: has no column words" in told[0]
+
+
+def test_a_launcher_that_tells_too_little_is_not_called_pretraining(
+    folder: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for name, value in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    status, _, err = command(*training(folder, tmp_path / "run"))
+    assert status == 2
+    assert "RANK is set and MASTER_ADDR is not" in err
+    assert "run_pretrain" not in err
 
 
 def test_an_interrupted_training_goes_on_to_the_bit(
@@ -202,9 +189,9 @@ def test_the_grid_is_the_papers() -> None:
 def glue_files(folder: Path, name: str, sentences: list[tuple[str, str]]) -> None:
     """The task's files as GLUE's download has them."""
     task = GLUE[name]
-    numbers = {AUSTEN: "1", BIERCE: "0"}
+    numbers = {"austen": "1", "bierce": "0"}
     if name == "mnli":
-        numbers = {AUSTEN: "entailment", BIERCE: "neutral"}
+        numbers = {"austen": "entailment", "bierce": "neutral"}
     rows = [(numbers[author], text) for author, text in sentences]
     for file in ("train.tsv", *(file for _, file in task.validation)):
         if task.numbered:
@@ -266,6 +253,8 @@ def test_nine_tasks() -> None:
         ({"--train_file": "bad.xls"}, "x", ["bad.xls: expected a file that ends in .tsv"]),
         ({"--train_file": "none.tsv"}, None, ["none.tsv: No such file"]),
         ({"--weights": "none"}, None, ["none: no such folder or file of weights"]),
+        ({"--weights": "other.weights"}, None, ["not the tokenizer this model was trained with"]),
+        ({"--deepspeed_config": "none.json"}, None, ["none.json: no such DeepSpeed configuration"]),
         ({"--warmup": "2", "--batch_size": "0"}, None, ["warmup is 2.0", "batch_size is 0"]),
         ({"--glue": "boolq", "--train_file": None, "--validation_file": None}, None, ["--glue boolq", "wnli"]),
     ],
@@ -279,6 +268,10 @@ def test_bad_input(
         "--weights": folder / "weights",
     }
     given["--output"] = tmp_path / "run"
+    if "other.weights" in changes.values():
+        shutil.copytree(folder / "weights", tmp_path / "other.weights")
+        train_tokenizer(["another text of a few words"] * 9, tmp_path / "other.model", vocab_size=20)
+        shutil.copy(tmp_path / "other.model", tmp_path / "other.weights" / "tokenizer.model")
     flags: list[object] = []
     for flag, value in {**given, **changes}.items():
         if flag == "--regression":

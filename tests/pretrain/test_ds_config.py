@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import REPOSITORY, deepspeed_json
+from support import RECIPES, REPOSITORY, deepspeed_json
 
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_shipped_configurations_are_sound(path: Path) -> None:
     config = DeepSpeedConfig(path)
     assert config.total_steps

@@ -23,7 +23,7 @@ def test_the_second_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     try:
         assert holder.stdout.readline() == b"held\n"
         console = io.StringIO()
-        with pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on .*choose another --run"):
+        with pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on .*choose another folder"):
             hold_run(tmp_path, console, patience_s=0)
     finally:
         holder.kill()
