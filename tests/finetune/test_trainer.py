@@ -132,7 +132,7 @@ class _Huge:
     def __init__(self, weight: torch.nn.Parameter) -> None:
         self._weight = weight
 
-    def loss(self, samples: Any) -> torch.Tensor:
+    def loss(self, samples: Any, epoch: int) -> torch.Tensor:
         return (self._weight.half() * 2.0).sum().float() * len(samples)
 
 
@@ -141,7 +141,7 @@ def test_the_loss_scale_falls_until_nothing_overflows() -> None:
     optimizer = WholeState(model, _Huge(model["w"]), [{"params": [model["w"]], "scale": 1.0}], Processes(), "fp16", 1.0)
     norms = []
     for _ in range(4):
-        optimizer.add([0, 1], 1.0)
+        optimizer.add([0, 1], 0, 1.0)
         norms.append(optimizer.step(0.1))
     assert norms[:3] == [np.inf] * 3  # 65536 x 4 and its halves are above 65504
     assert norms[3] == pytest.approx(8)
