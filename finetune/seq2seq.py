@@ -51,15 +51,15 @@ WRITTEN = "written.jsonl"
 RECIPES: dict[str, dict[str, Any]] = {
     "cnndm": {
         "learning_rate": 7e-5, "batch_size": 64, "epochs": 14, "warmup": 0.02, "max_source_tokens": 608,
-        "max_target_tokens": 160, "length_penalty": 0.7, "num_beams": 5, "target_mask_prob": 0.7,
+        "max_target_tokens": 160, "length_penalty": 0.7, "released_length_penalty": True, "num_beams": 5, "target_mask_prob": 0.7,
     },
     "xsum": {
         "learning_rate": 7e-5, "batch_size": 64, "epochs": 14, "warmup": 0.02, "max_source_tokens": 720,
-        "max_target_tokens": 48, "length_penalty": 0.6, "num_beams": 5, "target_mask_prob": 0.5,
+        "max_target_tokens": 48, "length_penalty": 0.6, "released_length_penalty": True, "num_beams": 5, "target_mask_prob": 0.5,
     },
     "qg": {
         "learning_rate": 2e-5, "batch_size": 48, "epochs": 16, "warmup": 0.1, "max_source_tokens": 464,
-        "max_target_tokens": 48, "length_penalty": 1.3, "num_beams": 8, "question_generation": True,
+        "max_target_tokens": 48, "length_penalty": 1.3, "released_length_penalty": True, "num_beams": 8, "question_generation": True,
     },
 }  # fmt: skip
 """The paper's (PAPER.md): CNN/DailyMail, XSum, question generation. Of the ranges for target_mask_prob one end each."""

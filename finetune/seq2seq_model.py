@@ -29,6 +29,8 @@ class Seq2SeqSettings:
     """Beams of a search, unless it is told otherwise."""
     length_penalty: float = 1.0
     """Of a search: hypotheses are ranked by their log-probability / (length ** this)."""
+    released_length_penalty: bool = False
+    """Of a search: rank as UniLM's released code does, for which the recipes' penalties are; see finetune.generate."""
 
     def __post_init__(self) -> None:
         least = {"max_source_tokens": 8, "max_target_tokens": 2, "num_beams": 1}
@@ -44,7 +46,10 @@ class Seq2SeqSettings:
     def search(self) -> SearchSettings:
         """How targets are decoded unless it is told otherwise."""
         return SearchSettings(
-            num_beams=self.num_beams, length_penalty=self.length_penalty, max_length_tokens=self.max_target_tokens
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            released_length_penalty=self.released_length_penalty,
+            max_length_tokens=self.max_target_tokens,
         )
 
 

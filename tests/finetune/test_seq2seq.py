@@ -364,6 +364,7 @@ def test_recipes_are_the_papers() -> None:
         assert tuple(getattr(args, name) for name in names) == expected
         assert args.label_smoothing == 0.1
         assert args.question_generation == (recipe == "qg")
+        assert args.released_length_penalty
     assert 0.7 <= parse([*needed, "--recipe", "cnndm"]).target_mask_prob <= 0.8
     assert 0.4 <= parse([*needed, "--recipe", "xsum"]).target_mask_prob <= 0.5
     args = parse(["train", "--num-beams", "3", *needed[1:], "--recipe", "qg", "--epochs", "2"])
