@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_as_ranks, run_command
 
-from pretrain.metrics import read_records
+from pretrain.metrics import MEASURED, read_records
 
 pytestmark = pytest.mark.slow
 
@@ -47,9 +47,8 @@ def two_ranks(*arguments: str) -> list[str]:
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """What a run computed."""
-    times = ("time", "tokens_per_s", "data_wait")
     return [
-        {key: value for key, value in record.items() if key not in times}
+        {key: value for key, value in record.items() if key not in MEASURED}
         for record in read_records(run)
         if record["kind"] in ("train", "validation")
     ]  # fmt: skip
