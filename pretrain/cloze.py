@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data_prep.tokenizer import MASK, Tokenizer
+from pretrain.history import filled_text
 from pretrain.layout import Layout, encoder_layout
 
 SHIPPED_PROMPTS = Path(__file__).with_name("cloze_prompts.txt")
@@ -91,12 +92,6 @@ def fill_in(prompts: ClozePrompts, logits_TV: torch.Tensor, tokenizer: Tokenizer
         {"text": text, "masks": [next(of_masks) for _ in range(count)]}
         for text, count in zip(prompts.texts, prompts.num_masks, strict=True)
     ]
-
-
-def filled_text(prompt: dict[str, Any], mark: str = "") -> str:
-    """A prompt with the likeliest entry at each mask, `mark` before and behind it."""
-    guesses = iter(f"{mark}{predictions[0][0]}{mark}" for predictions in prompt["masks"])
-    return re.sub(re.escape(MASK), lambda match: next(guesses, MASK), prompt["text"])
 
 
 def in_markdown(prompts: list[dict[str, Any]]) -> str:

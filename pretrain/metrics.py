@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from data_prep.files import write_whole
 
 METRICS = "metrics.jsonl"
@@ -48,6 +46,8 @@ class Metrics:
     """Rank 0's records; the other ranks have none."""
 
     def __init__(self, run: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here, as who reads records has no need of torch
+
         run.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_records(run) if r["step"] <= resumed_step or r["kind"] in _WHAT_HAPPENED]
         write_whole(run / METRICS, "".join(json.dumps(r) + "\n" for r in kept).encode())
