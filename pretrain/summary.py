@@ -27,6 +27,7 @@ def summary(run: Path) -> str:
     if trained:
         speed = statistics.median(r["tokens_per_s"] for r in trained)
         lines.append(f"speed        {speed:,.0f} tokens/s (median)")
+    lines.append(f"report       python -m pretrain.report {run}")
     lines.append(f"next         python -m pretrain.export --run {run} --output {run / 'export'}")
     return "\n".join(lines)
 

@@ -149,6 +149,7 @@ class Trainer:
             self._validate()
         if self._engine.steps >= total:
             self._say(f"nothing left to train: step {self._engine.steps} of {total} is done")
+            self._record("stop", {"reason": "finished"})
             return
         reason = None
         step_time_s, data_wait_s, num_tokens, num_flops = 0.0, 0.0, 0, 0
