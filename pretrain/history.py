@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.tokenizer import MASK
-from pretrain.gpus import peak_flops_per_s
+from pretrain.gpus import GPUS
 from pretrain.metrics import METRICS, read_records
 
 
@@ -107,7 +107,9 @@ class History:
     @property
     def peak_flops_per_s(self) -> float | None:
         """Of all ranks' GPUs, where their kind is known."""
-        peak = peak_flops_per_s(self.start.get("machine", {}).get("device", ""))
+        if "machine" not in self.start:
+            return None
+        peak = gpu_flops_per_s(self.start["machine"]["device"], self.start["precision"])
         return peak and peak * self.start["world_size"]
 
     def curve(self, kind: str, *keys: str, factor: float = 1.0) -> Curve:
@@ -142,6 +144,14 @@ class History:
                 kind, text = event
                 found.append(Event(kind, record.get("fault_step", record["step"]), hours, record["time"], text))
         return found
+
+
+def gpu_flops_per_s(device: str, precision: str) -> float | None:
+    """The peak rate of a GPU by the name that it gives itself, None of one that is not known."""
+    for kind, gpu in GPUS.items():
+        if re.search(rf"\b{re.escape(kind.partition('-')[0])}\b", device):
+            return gpu.tflops[precision] * 1e12 if precision in gpu.tflops else None
+    return None
 
 
 def _event(record: dict[str, Any]) -> tuple[str, str] | None:

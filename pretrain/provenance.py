@@ -22,6 +22,7 @@ def provenance(inputs: Inputs, hosts: list[str], device: str) -> dict[str, Any]:
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(inputs.config).items()}
     return {
         "total_steps": inputs.total_steps,
+        "precision": inputs.deepspeed.precision,
         "config": config,
         "model": asdict(inputs.model),
         "batch_sizes": asdict(inputs.batch_sizes),

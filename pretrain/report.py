@@ -97,7 +97,7 @@ def make_charts(histories: list[History]) -> list[Chart]:
     gradient_norm = Chart("gradient_norm", "Gradient norm", "before clipping, logarithmic", is_log=True)
     loss_scale = Chart("loss_scale", "Loss scale of fp16", "logarithmic; crosses: skipped steps", is_log=True)
     tokens = Chart("tokens_per_s", "Speed", "tokens of text per second, all ranks")
-    utilisation = Chart("utilisation", "Utilisation", "% of the GPUs' half-precision peak")
+    utilisation = Chart("utilisation", "Utilisation", "% of the GPUs' peak")
     computing = Chart("tflops", "Computation", "TFLOP/s that the model needs, all ranks")
     data_wait = Chart("data_wait", "Waiting for data", "% of the time, rank 0")
     memory = Chart("memory", "Memory", "GB, of the rank that takes most")
@@ -303,7 +303,11 @@ _SECTIONS = {
 
 def _settings_of(history: History) -> dict[str, str]:
     start = history.start
-    plain = {key: start[key] for key in ("total_steps", "world_size", "zero_stage", "num_parameters") if key in start}
+    plain = {
+        key: start[key]
+        for key in ("total_steps", "precision", "world_size", "zero_stage", "num_parameters")
+        if key in start
+    }
     sections = {key: start[key] for key in _SECTIONS if key in start}
     return {key: json.dumps(value, ensure_ascii=False).strip('"') for key, value in _flat(plain | sections)}
 

@@ -93,6 +93,9 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
     done = run_command(command)
     assert done.returncode == 0, done.stderr
     assert "resumed from step" in done.stderr
+    starts = [record for record in read_records(tmp_path / "run") if record["kind"] == "start"]
+    assert [start["resumed"] for start in starts] == [False, True]
+    assert starts[0]["config"] == starts[1]["config"]
     assert curve(tmp_path / "run") == expected
 
 
