@@ -250,7 +250,7 @@ def test_a_data_set_of_two_corpora(
     of_corpora = data.samples_of_corpora("validation")
     assert list(of_corpora) == ["novel", "words"]
     lengths = [data.read_samples("validation", s.start, s.stop).length_B.mean() for s in of_corpora.values()]
-    assert lengths[0] > 1.2 * lengths[1], "chapters fill their samples, entries do not"
+    assert lengths[0] > lengths[1] + 5, "chapters fill their samples, entries do not"
     assert [s.stop - s.start for s in of_corpora.values()] == [
         share["validation_samples"] for share in manifest["mixture"]
     ]
