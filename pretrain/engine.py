@@ -193,10 +193,10 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, layout: Layout) -> torch.Tensor:
-        """Logits of the slots that are predicted from, [R, V], without dropout; called by all ranks, as stage 3 needs them."""
+        """Logits of the slots that are predicted from, [R, V], without dropout, of a layout without targets; called by all
+        ranks, as stage 3 needs them."""
         self.train(False)
-        model = self._engine.module
-        logits_RV: torch.Tensor = model.predict(model.encode_predicted(layout.to(self.device)))
+        logits_RV: torch.Tensor = self._engine(layout.to(self.device))
         return logits_RV
 
     def train(self, mode: bool) -> None:
