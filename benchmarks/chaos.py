@@ -36,7 +36,7 @@ from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error,
 from data_prep.files import read_json, write_json
 from data_prep.parameters import BuildParameters
 from pretrain.checkpoint import checkpoints_folder, newest_whole
-from pretrain.metrics import read_records
+from pretrain.metrics import MEASURED, read_records
 from pretrain.watchdog import RETRY_STATUS
 
 BATCH = 12
@@ -48,7 +48,6 @@ _PATIENCE_S = 240.0
 _SURVIVORS_LIMIT_S = 60.0
 _ROUNDING = 1e-3
 _POLL_S = 0.01
-_NOT_COMPARED = ("time", "tokens_per_s", "data_wait")
 _LAYOUTS = ((2, 2), (1, 2), (3, 2), (2, 2), (2, 1), (2, 3), (2, 2))  # ranks, ZeRO stage
 
 
@@ -74,7 +73,7 @@ def differences(
         if step not in wanted:
             faults.append(f"step {step} is not in the uninterrupted run")
             continue
-        for key in sorted((wanted[step].keys() | record.keys()) - set(_NOT_COMPARED)):
+        for key in sorted((wanted[step].keys() | record.keys()) - set(MEASURED)):
             one: Any = wanted[step].get(key)
             other: Any = record.get(key)
             if rounding and key.endswith("_accuracy"):

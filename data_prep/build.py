@@ -143,7 +143,7 @@ def build(
     num_samples = sum(s.num_samples for s in shards)
     stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo_shards))
     processes.run(_write_shard, [(shard, orders[shard.split]) for shard in todo_shards], stage)
-    shares = processes.on_main(lambda: _shares(mixture, totals, orders["train"]))
+    shares = processes.on_main(lambda: _shares(mixture, totals, orders))
     processes.on_main(lambda: _declare_whole(folder, tokenizer_path, made_from, totals, shares, shards, parameters))
     return True
 
@@ -286,12 +286,15 @@ def _declare_whole(
     shutil.rmtree(folder / WORK)
 
 
-def _shares(mixture: Mixture, totals: list[Counter[str]], order: TextOrder) -> list[dict[str, Any]]:
-    """What became of each corpus, for the manifest."""
+def _shares(mixture: Mixture, totals: list[Counter[str]], orders: dict[Split, TextOrder]) -> list[dict[str, Any]]:
+    """What became of each corpus, for the manifest; in a split, corpus follows corpus."""
     return [
-        {"corpus": corpus.name, "epochs": float(epochs), "documents": _documents(total), "train_samples": num_samples}
-        for corpus, total, epochs, num_samples in zip(mixture, totals, order.epochs, order.num_samples, strict=True)
-    ]
+        {
+            "corpus": corpus.name, "epochs": float(orders["train"].epochs[number]), "documents": _documents(total),
+            **{f"{split}_samples": orders[split].num_samples[number] for split in SPLITS},
+        }
+        for number, (corpus, total) in enumerate(zip(mixture, totals, strict=True))
+    ]  # fmt: skip
 
 
 def _documents(total: Counter[str]) -> dict[str, int]:

@@ -203,6 +203,15 @@ class DataSet:
         """Samples in a split."""
         return sum(shard["num_samples"] for shard in self.manifest["splits"][split])
 
+    def samples_of_corpora(self, split: Split) -> dict[str, range]:
+        """Which samples of a split are of each corpus. A data set of several corpora that was made before manifests told
+        counts as one."""
+        mixture, name = self.manifest.get("mixture", []), f"{split}_samples"
+        if not mixture or any(name not in share for share in mixture):
+            return {"corpus": range(self.num_samples(split))}
+        ends = np.cumsum([share[name] for share in mixture]).tolist()
+        return {share["corpus"]: range(end - share[name], end) for share, end in zip(mixture, ends, strict=True)}
+
     def read_chunk(self, split: Split, chunk: int, mask_set: int) -> SampleBatch:
         """Samples chunk * CHUNK_SAMPLES .. (the last chunk of a split may be shorter) with one of the mask sets.
 

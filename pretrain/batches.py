@@ -11,7 +11,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from fractions import Fraction
+from math import floor
+from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -226,15 +228,43 @@ class BatchesAhead:
         return [layout.pinned() for layout in layouts] if self._is_pinned else layouts
 
 
+class ValidationBatch(NamedTuple):
+    """A micro batch of held-out samples."""
+
+    corpus: str | None
+    """Which all of them are of; None for what is computed because other ranks compute, and is not to be counted."""
+    layout: Layout
+
+
+def validation_samples(data: DataSet, max_samples: int) -> dict[str, range]:
+    """The held-out samples that a validation uses: the first of each corpus, as many as is its part of the split."""
+    num_samples = data.num_samples("validation")
+    if not num_samples:
+        return {}
+    part = Fraction(min(max_samples, num_samples), num_samples)
+    chosen = {}
+    for corpus, samples in data.samples_of_corpora("validation").items():
+        num_chosen = floor(samples.stop * part) - floor(samples.start * part)
+        if num_chosen:
+            chosen[corpus] = samples[:num_chosen]
+    return chosen
+
+
 def validation_batches(
     data: DataSet, objective: Objective, share: Share, max_samples: int, *, one_shape: bool = False
-) -> list[Layout]:
-    """The rank's micro batches of the first `max_samples` validation samples, with mask set 0; may be empty."""
-    num_samples = min(max_samples, data.num_samples("validation"))
+) -> list[ValidationBatch]:
+    """The rank's micro batches of `validation_samples`, with mask set 0; as many on every rank, maybe none."""
+    places = [
+        (corpus, np.arange(first, min(first + share.micro_batch, samples.stop)))
+        for corpus, samples in validation_samples(data, max_samples).items()
+        for first in range(samples.start, samples.stop, share.micro_batch)
+    ]
     chunks = RecentChunks(data, "validation")
-    layouts = []
-    for first in range(share.rank * share.micro_batch, num_samples, share.world_size * share.micro_batch):
-        samples = np.arange(first, min(first + share.micro_batch, num_samples))
+    batches = []
+    rounds = -(-len(places) // share.world_size)
+    for number in range(share.rank, rounds * share.world_size, share.world_size):
+        corpus, samples = places[number] if number < len(places) else (None, places[0][1])
         batch = chunks.read(samples, np.zeros_like(samples))
-        layouts.append(pseudo_masked_layout(batch, objective, mask_id=data.tokenizer.mask_id, one_shape=one_shape))
-    return layouts
+        layout = pseudo_masked_layout(batch, objective, mask_id=data.tokenizer.mask_id, one_shape=one_shape)
+        batches.append(ValidationBatch(corpus, layout))
+    return batches

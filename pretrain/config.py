@@ -9,6 +9,7 @@ from typing import Any
 from data_prep.console import ArgumentParser, add_flags, describe_error, flag_values
 from data_prep.shards import DataSet
 from pretrain.attention import AttentionBackend
+from pretrain.cloze import ClozePrompts, read_prompts
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Objective
 from pretrain.model import ModelSize, PMLMConfig
@@ -45,6 +46,9 @@ class RunConfig:
     """Steps between validations; also at the start and the end; 0 = never."""
     validation_samples: int = 2048
     """Held-out samples used in a validation, at most."""
+    cloze_prompts: Path | None = None
+    """Texts that are filled in at every validation, one a line with [MASK] in it, for RUN/metrics.jsonl, TensorBoard and the
+    report; by default pretrain/cloze_prompts.txt, in English; an empty file for none."""
     save_every_steps: int = 1000
     """Steps between checkpoints; also at the end."""
     keep_last: int = 3
@@ -93,6 +97,7 @@ class Inputs:
     data: DataSet
     model: PMLMConfig
     total_steps: int
+    cloze: ClozePrompts | None
 
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
@@ -148,6 +153,13 @@ def check_inputs(args: Any, world_size: int) -> Inputs:
     model = checked(lambda: model_of(args, vocab_size))
     if model:
         faults += model_faults(model, args.attention, args.data, data.max_length_tokens if data else 0)
+    cloze = None
+    if config and config.cloze_prompts and not config.objective.has_ae:
+        faults.append(
+            f"--cloze_prompts needs an objective with AE, which fills in masks, and --objective is {config.objective.value}"
+        )
+    elif config and data and model and config.objective.has_ae:
+        cloze = checked(lambda: read_prompts(config.cloze_prompts, data.tokenizer, model.max_positions))
     total_steps = None
     if deepspeed:
         total_steps = args.max_steps or deepspeed.total_steps
@@ -160,4 +172,4 @@ def check_inputs(args: Any, world_size: int) -> Inputs:
             faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")
     if faults or sizes is None or total_steps is None:
         raise ValueError("; ".join(faults))
-    return Inputs(config, deepspeed, sizes, data, model, total_steps)
+    return Inputs(config, deepspeed, sizes, data, model, total_steps, cloze)

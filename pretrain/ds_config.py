@@ -7,6 +7,7 @@ itself ignores keys it does not know, so a misspelt one would change a run witho
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def _faults(values: dict[str, Any]) -> list[str]:
             faults.append(f"{section}: expected an object, found {content!r}")
         elif known is not None:
             faults += _unknown_keys(f"{section}.", content, known)
-    return faults or [*_batch_faults(values), *_recipe_faults(values)]
+    return faults or [*_batch_faults(values), *_recipe_faults(values), *_monitor_faults(values)]
 
 
 def _decide(values: dict[str, Any], decided: Mapping[str, tuple[Any, str]]) -> list[str]:
@@ -166,6 +167,15 @@ def _batch_faults(values: dict[str, Any]) -> list[str]:
     if not values.keys() & set(_BATCH_SIZE_KEYS[:2]):
         faults.append(f"{' or '.join(_BATCH_SIZE_KEYS[:2])} is missing")
     return faults
+
+
+def _monitor_faults(values: dict[str, Any]) -> list[str]:
+    """DeepSpeed would end in a traceback."""
+    return [
+        f"{name}.enabled: the package {name} is not installed; pip install {name}"
+        for name in ("wandb", "tensorboard")
+        if values.get(name, {}).get("enabled") and importlib.util.find_spec(name) is None
+    ]
 
 
 def _recipe_faults(values: dict[str, Any]) -> list[str]:

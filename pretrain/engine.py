@@ -6,6 +6,8 @@ import copy
 import datetime
 import hashlib
 import os
+import platform
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -189,6 +191,14 @@ class Engine:
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
+    @torch.no_grad()
+    def predict(self, layout: Layout) -> torch.Tensor:
+        """Logits of the slots that are predicted from, [R, V], without dropout, of a layout without targets; called by all
+        ranks, as stage 3 needs them."""
+        self.train(False)
+        logits_RV: torch.Tensor = self._engine(layout.to(self.device))
+        return logits_RV
+
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
         self._engine.train(mode)
@@ -205,6 +215,29 @@ class Engine:
         _forget_adam_powers(self._optimizer)
         self._engine.step()
         self._update_loss_scale()
+
+    # ---- what is measured
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's, or the processor's."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return match[1] if match else platform.machine()
+
+    def take_peak_memory_bytes(self) -> int:
+        """The most that was allocated on the GPU since this was last asked; 0 without one."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """Name, value and place of each, for the monitors of the DeepSpeed JSON; called by rank 0."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events(events)
 
     # ---- between ranks
 

@@ -132,9 +132,12 @@ class PMLM(nn.Module):
         logits_TV: torch.Tensor = self.cls.predictions(hidden_TH)
         return logits_TV
 
-    def forward(self, layout: Layout) -> PretrainingLosses:
-        """Cross-entropy of the layout's targets, AE and PAR; the head runs on the predicted slots alone."""
+    def forward(self, layout: Layout) -> PretrainingLosses | torch.Tensor:
+        """Cross-entropy of the layout's targets, AE and PAR; the head runs on the predicted slots alone. Of a layout without
+        targets the logits of those slots, [R, V]: here, as ZeRO stage 3 has weights in `forward` alone."""
         hidden_RH = self.encode_predicted(layout)
+        if layout.ae_places_T is None and layout.par_places_T is None:
+            return self.predict(hidden_RH)
         places = [p for p in (layout.ae_places_T, layout.par_places_T) if p is not None]
         losses, correct = self.cls.predictions.losses(
             hidden_RH.index_select(0, torch.cat(places)), layout.targets_T.repeat(len(places))

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import IO, Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
 from data_prep.console import describe_error, progress_bar
 from data_prep.files import sha256_of_file, write_whole
 from data_prep.shards import manifest_path
-from pretrain.batches import BatchesAhead, SampleOrder, Share, TrainingBatches, validation_batches
+from pretrain.batches import BatchesAhead, SampleOrder, Share, TrainingBatches, validation_batches, validation_samples
 from pretrain.checkpoint import Checkpoint, CheckpointStore, SaveFailed, ranks_and_stage
+from pretrain.cloze import fill_in, in_markdown
 from pretrain.config import Inputs
 from pretrain.engine import Engine, fused_adam_build, init_distributed
+from pretrain.flops import step_flops
 from pretrain.guard import Guard, StepValues, Window, behind, new_fault_name, write_fault
 from pretrain.layout import Layout
-from pretrain.metrics import Metrics, read_records
+from pretrain.metrics import Metrics, numbers, read_records
 from pretrain.model import PMLM, PretrainingLosses
-from pretrain.report import summary
+from pretrain.provenance import provenance
 from pretrain.status import write_plan
 from pretrain.stopping import Stopping, agreed_reason
+from pretrain.summary import summary
 from pretrain.watchdog import RankLost, Watch
 
 
@@ -129,10 +134,13 @@ class Trainer:
         )
         if is_resumed:
             self._say(f"resumed from step {self._engine.steps} of {self._inputs.total_steps}")
-        self._record("start", {
-            "resumed": is_resumed, "world_size": self._engine.world_size, "zero_stage": self._engine.zero_stage,
-            "num_parameters": num_parameters, "samples_consumed": self._samples_consumed,
-        })  # fmt: skip
+        hosts = self._engine.gather(socket.gethostname())
+        if self._is_main:
+            self._record("start", {
+                "resumed": is_resumed, "world_size": self._engine.world_size, "zero_stage": self._engine.zero_stage,
+                "num_parameters": num_parameters, "samples_consumed": self._samples_consumed,
+                **provenance(self._inputs, hosts, self._engine.device_name),
+            })  # fmt: skip
 
     def run(self) -> None:
         """Train to the last step, or until the ranks are asked to stop, validating, logging and saving on the way."""
@@ -141,9 +149,10 @@ class Trainer:
             self._validate()
         if self._engine.steps >= total:
             self._say(f"nothing left to train: step {self._engine.steps} of {total} is done")
+            self._record("stop", {"reason": "finished"})
             return
         reason = None
-        step_time_s, data_wait_s, num_tokens = 0.0, 0.0, 0
+        step_time_s, data_wait_s, num_tokens, num_flops = 0.0, 0.0, 0, 0
         with progress_bar(
             "train", total, "step", initial=self._engine.steps, stream=self._console, is_shown=self._is_main
         ) as bar:
@@ -167,18 +176,19 @@ class Trainer:
                 self._samples_consumed = behind(self._samples_consumed, self._skipped) + self._share.train_batch
                 step = self._engine.steps
                 num_tokens += sum(layout.num_tokens for layout in micro_batches)
+                num_flops += sum(step_flops(self._inputs.model, layout).needed for layout in micro_batches)
                 is_last = step >= total
                 is_logged = step == 1 or step % self._config.log_every_steps == 0 or is_last
                 values = self._means(sums) if is_logged else {}
                 step_time_s += time.perf_counter() - started
                 bar.update()
                 if is_logged:
-                    tokens = float(self._engine.sum_over_ranks(torch.tensor([num_tokens])))
-                    self._record("train", values | self._step_values(learning_rate) | {
-                        "tokens_per_s": round(tokens / step_time_s, 1), "data_wait": round(data_wait_s / step_time_s, 5)
+                    speed = self._speed_and_memory(num_tokens, num_flops, step_time_s)
+                    self._record("train", values | self._step_values(learning_rate) | speed | {
+                        "data_wait": round(data_wait_s / step_time_s, 5)
                     })  # fmt: skip
-                    bar.set_postfix_str(_short(values), refresh=False)
-                    step_time_s, data_wait_s, num_tokens = 0.0, 0.0, 0
+                    bar.set_postfix_str(f"{_short(values)} {speed['tokens_per_s']:,.0f} tokens/s", refresh=False)
+                    step_time_s, data_wait_s, num_tokens, num_flops = 0.0, 0.0, 0, 0
                 is_save_due = self._is_due(self._config.save_every_steps, is_last)
                 if is_save_due and (fault := self._judge(self._engine.sum_over_ranks(self._unjudged_loss()))):
                     self._rewind(fault)
@@ -306,23 +316,37 @@ class Trainer:
             self._inputs.data, self._config.objective, self._share, self._config.validation_samples,
             one_shape=self._validation_has_one_shape,
         )  # fmt: skip
-        sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
+        started = time.perf_counter()
+        corpora = list(validation_samples(self._inputs.data, self._config.validation_samples))
+        sums = torch.zeros(len(corpora), 5, dtype=torch.float64, device=self._engine.device)
         is_cut_short = False
         with progress_bar(
             "validate", len(batches), "batch", stream=self._console, is_shown=self._is_main, is_lasting=False
         ) as bar:
-            for batch, layout in enumerate(batches):
-                self._watch.progress(f"validation at step {self._engine.steps}, batch {batch + 1}")
+            for number, (corpus, layout) in enumerate(batches):
+                self._watch.progress(f"validation at step {self._engine.steps}, batch {number + 1}")
                 if is_cut_short := self._stopping.is_asked:
                     break
-                sums[:4] += _stacked(self._engine(layout))
-                sums[4] += layout.num_targets
+                losses = _stacked(self._engine(layout))
+                if corpus is not None:
+                    sums[corpora.index(corpus), :4] += losses
+                    sums[corpora.index(corpus), 4] += layout.num_targets
                 bar.update()
         if float(self._engine.sum_over_ranks(torch.tensor([is_cut_short]))):
             return  # the next start does it anew
-        values = self._means(sums)
-        self._record("validation", values)
+        values: dict[str, Any] = self._means(sums.sum(dim=0))
         self._say(f"validation at step {self._engine.steps}: {_short(values)}")
+        if len(corpora) > 1:
+            values["corpora"] = {
+                corpus: self._means(of_corpus) for corpus, of_corpus in zip(corpora, sums, strict=True)
+            }
+        prompts = self._inputs.cloze
+        filled = (
+            fill_in(prompts, self._engine.predict(prompts.layout), self._inputs.data.tokenizer) if prompts else None
+        )
+        self._record("validation", values | {"validation_s": round(time.perf_counter() - started, 3)})
+        if filled:
+            self._record("cloze", {"prompts": filled}, text=in_markdown(filled))
 
     def _is_validation_missing(self) -> bool:
         """Whether this step's validation, the one at the run's start too, is still to be done."""
@@ -394,9 +418,30 @@ class Trainer:
             "samples_consumed": self._samples_consumed,
         }  # fmt: skip
 
-    def _record(self, kind: str, values: dict[str, Any], step: int | None = None) -> None:
-        if self._metrics:
-            self._metrics.record(kind, self._engine.steps if step is None else step, values)
+    def _speed_and_memory(self, num_tokens: int, num_flops: int, seconds: float) -> dict[str, Any]:
+        """Of all ranks together; of memory, the rank's that has taken most."""
+        rank, world_size = self._engine.rank, self._engine.world_size
+        own = torch.zeros(2 + 2 * world_size, dtype=torch.float64)
+        own[:2] = torch.tensor([num_tokens, num_flops], dtype=torch.float64)
+        own[2 + rank] = psutil.Process().memory_info().rss
+        own[2 + world_size + rank] = self._engine.take_peak_memory_bytes()
+        total = self._engine.sum_over_ranks(own).cpu()
+        host_bytes, device_bytes = (int(part.max()) for part in total[2:].split(world_size))
+        values = {
+            "tokens_per_s": round(float(total[0]) / seconds, 1), "flops_per_s": round(float(total[1]) / seconds),
+            "host_memory_bytes": host_bytes,
+        }  # fmt: skip
+        return values | ({"memory_bytes": device_bytes} if device_bytes else {})
+
+    def _record(self, kind: str, values: dict[str, Any], step: int | None = None, text: str | None = None) -> None:
+        """On rank 0; losses and what is measured of a step go to DeepSpeed's monitors too, at the place that these count
+        by, samples of the run."""
+        if not self._metrics:
+            return
+        self._metrics.record(kind, self._engine.steps if step is None else step, values, text)
+        if kind in ("train", "validation"):
+            samples = self._engine.steps * self._share.train_batch
+            self._engine.write_events([(name, value, samples) for name, value in numbers(kind, values)])
 
     def _say(self, text: str) -> None:
         if self._is_main:

@@ -247,6 +247,14 @@ def test_a_data_set_of_two_corpora(
     assert all(count == 1 for count in Counter(texts[novel["train_samples"] :]).values())
     held_out = texts_of(data.tokenizer, data.read_samples("validation", 0, data.num_samples("validation")).tokens_BL)
     assert len(set(held_out)) == len(held_out) > 20
+    of_corpora = data.samples_of_corpora("validation")
+    assert list(of_corpora) == ["novel", "words"]
+    lengths = [data.read_samples("validation", s.start, s.stop).length_B.mean() for s in of_corpora.values()]
+    assert lengths[0] > lengths[1] + 5, "chapters fill their samples, entries do not"
+    assert [s.stop - s.start for s in of_corpora.values()] == [
+        share["validation_samples"] for share in manifest["mixture"]
+    ]
+    assert sum(map(len, of_corpora.values())) == len(held_out)
 
     again = slice(num_novel, 2 * num_novel)
     assert (batch.segment_boundary_B[:num_novel] != batch.segment_boundary_B[again]).mean() > 0.9

@@ -113,7 +113,7 @@ def test_an_export_has_the_runs_validation_loss(runs: Path, data_folder: Path, t
     model, _ = load_exported(tmp_path / "export")
     expected = [r for r in read_records(runs / run) if r["kind"] == "validation"][-1]
     assert expected["step"] == STEPS
-    layouts = validation_batches(DataSet(data_folder), Objective.AE_PAR, Share(0, 1, 24, 1), 24)
+    layouts = [b.layout for b in validation_batches(DataSet(data_folder), Objective.AE_PAR, Share(0, 1, 24, 1), 25)]
     with torch.no_grad():
         losses = [model(layout) for layout in layouts]
     num_targets = sum(layout.num_targets for layout in layouts)

@@ -49,7 +49,7 @@ def test_the_exported_model_has_the_runs_validation_loss(run: Path, data_folder:
     assert tokenizer.sha256 == data.tokenizer.sha256
     expected = [record for record in read_records(run) if record["kind"] == "validation"][-1]
     with torch.no_grad():
-        layouts = validation_batches(data, Objective.AE_PAR, Share(0, 1, 32, 1), 2048)
+        layouts = [batch.layout for batch in validation_batches(data, Objective.AE_PAR, Share(0, 1, 32, 1), 2048)]
         losses = [model(layout) for layout in layouts]
     num_targets = sum(layout.num_targets for layout in layouts)
     assert sum(float(x.ae_sum) for x in losses) / num_targets == pytest.approx(expected["ae_loss"], rel=1e-5)

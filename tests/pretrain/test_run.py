@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_as_ranks, run_command
 
-from pretrain.metrics import read_records
+from pretrain.metrics import MEASURED, read_records
 
 pytestmark = pytest.mark.slow
 
@@ -47,9 +47,8 @@ def two_ranks(*arguments: str) -> list[str]:
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """What a run computed."""
-    times = ("time", "tokens_per_s", "data_wait")
     return [
-        {key: value for key, value in record.items() if key not in times}
+        {key: value for key, value in record.items() if key not in MEASURED}
         for record in read_records(run)
         if record["kind"] in ("train", "validation")
     ]  # fmt: skip
@@ -94,6 +93,9 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
     done = run_command(command)
     assert done.returncode == 0, done.stderr
     assert "resumed from step" in done.stderr
+    starts = [record for record in read_records(tmp_path / "run") if record["kind"] == "start"]
+    assert [start["resumed"] for start in starts] == [False, True]
+    assert starts[0]["config"] == starts[1]["config"]
     assert curve(tmp_path / "run") == expected
 
 
