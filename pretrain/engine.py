@@ -23,7 +23,7 @@ from torch import distributed, nn
 
 from data_prep.console import available_cores, describe_error
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
-from pretrain.launchers import take_place
+from pretrain.launchers import find_place, take_place
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses, has_weight_decay
 from pretrain.partitions import MOMENTS, WEIGHT, Partitions
@@ -64,7 +64,7 @@ def fused_adam_build() -> tuple[bool, Path]:
 
     folder = Path(_get_build_directory("fused_adam", verbose=False))
     lock = folder / "lock"
-    if is_abandoned(lock):
+    if is_abandoned(lock, is_one_host=find_place().is_one_host):
         raise ValueError(f"{lock}: left over from a compilation that was killed; delete this file and start again")
     return (folder / "fused_adam.so").exists(), folder
 

@@ -18,11 +18,13 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from data_prep.console import describe_error
 from data_prep.files import sha256_of_file
@@ -128,9 +130,33 @@ def missing_compilers() -> Iterator[str]:
             yield f"{lock} is left over from a compilation that was killed, delete it"
 
 
-def is_abandoned(lock: Path) -> bool:
-    """Whether a compilation of DeepSpeed's ops has left its lock: every later one would wait for it for ever."""
-    return lock.exists() and time.time() - lock.stat().st_mtime > _STALE_LOCK_S
+def is_abandoned(lock: Path, *, is_one_host: bool = False) -> bool:
+    """Whether a compilation of DeepSpeed's ops has left its lock: every later one would wait for it for ever.
+
+    The one that works holds it open. Where other hosts may share the folder, only its age tells.
+    """
+    found = _identity(lock)
+    if found is None:
+        return False
+    if time.time() - found[1] / 1e9 > _STALE_LOCK_S:
+        return True
+    return is_one_host and not _is_open(lock) and _identity(lock) == found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _is_open(path: Path) -> bool:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(file.path == str(path) for file in process.open_files()):
+                return True
+    return False
 
 
 def _token_fault(run: Path, token: str) -> str | None:
