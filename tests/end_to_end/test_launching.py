@@ -11,7 +11,7 @@ import pytest
 from support import HOSTFILE_COMMAND, REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_command
 from two_hosts import HOSTS, TwoHosts
 
-from pretrain.metrics import read_records
+from pretrain.metrics import MEASURED, read_records
 
 pytestmark = pytest.mark.slow
 
@@ -46,11 +46,10 @@ def flags(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """What a run of two ranks came to, but for times."""
+    """What a run of two ranks came to, but for what was measured."""
     records = read_records(run)
     assert [r["world_size"] for r in records if r["kind"] == "start"] == [2]
-    times = ("time", "tokens_per_s", "data_wait")
-    return [{k: v for k, v in r.items() if k not in times} for r in records if r["kind"] in ("train", "validation")]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records if r["kind"] in ("train", "validation")]
 
 
 @pytest.fixture(scope="module")
