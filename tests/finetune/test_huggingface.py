@@ -173,6 +173,7 @@ print(type(model).__module__.partition(".")[0])
 """
 
 
+@pytest.mark.slow
 def test_the_folder_loads_where_this_repository_is_not(sentence_piece: Tokenizer, tmp_path: Path) -> None:
     export, moved = tmp_path / "export", tmp_path / "moved"
     write_export(export, stored(sentence_piece))

@@ -76,6 +76,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_v2", [False, True])
 def test_train_and_predict(
     is_v2: bool, folder: Path, entries: list[tuple[str, str]], command: Command, tmp_path: Path

@@ -108,6 +108,7 @@ def _save_on_a_disk_that_is_filled_and_freed(rank: int, run: Path) -> None:
             assert not saved
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_next_succeeds(
     two_ranks: Ranks, small_disk: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_killed_while_a_thread_finishes_a_checkpoint_the_one_before_is_the_newes
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [".tmp-step00000002", "step00000001"]
 
 
+@pytest.mark.slow
 def test_what_is_damaged_and_newer_does_not_push_out_what_is_whole(two_ranks: Ranks, tmp_path: Path) -> None:
     run = tmp_path / "run"
     make_checkpoint(run, 7)
