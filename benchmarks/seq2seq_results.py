@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.finetune_results import random_twin
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import write_json, write_whole
 from finetune.batches import epoch_order
@@ -32,10 +33,7 @@ from finetune.score import read_lines, rouge_scores, score_files, text_scores
 from finetune.seq2seq import TargetSettings, ValidationSettings, train
 from finetune.seq2seq_model import Seq2SeqSettings
 from finetune.trainer import TrainSettings
-from finetune.weights import load_pretrained
 from finetune.writer import Writer
-from pretrain.export import StoredModel, is_export, write_export
-from pretrain.model import PMLM
 
 SCORES = ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "exact_match")
 PRETRAINED, RANDOM = "pre-trained", "random"
@@ -50,17 +48,6 @@ def some_pairs(source: Path, output: Path, num_pairs: int) -> Path:
     rows = [{"src": pairs.sources[i][0], "tgt": pairs.targets[i]} for i in order]
     write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return output
-
-
-def random_twin(weights: Path, folder: Path, seed: int) -> Path:
-    """An export of the same size and tokenizer, with initial weights."""
-    if not is_export(folder):
-        pretrained = load_pretrained(weights)
-        torch.manual_seed(seed)
-        model = PMLM(pretrained.model.config)
-        named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        write_export(folder, StoredModel(folder, model.config, named, pretrained.tokenizer))
-    return folder
 
 
 def leads(sources: Sequence[str], num_words: int) -> dict[str, list[str]]:
