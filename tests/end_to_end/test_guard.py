@@ -1,4 +1,4 @@
-"""NaN in the middle of a run: recorded, gone back from, its samples skipped, and replayed."""
+"""NaN, a spike or a spent loss scale in the middle of a run: recorded, gone back from, its samples skipped, and replayed."""
 
 from __future__ import annotations
 
@@ -41,6 +41,32 @@ class BrokenOnce(PMLM):
         return super().forward(layout)
 
 
+class LargeInSome(PMLM):
+    """The losses of some training batches, counted from the process's start, are far too large."""
+
+    batches: range
+    num_batches = 0
+
+    def forward(self, layout: Layout) -> PretrainingLosses:
+        losses = super().forward(layout)
+        self.num_batches += self.training
+        if not self.training or self.num_batches not in self.batches:
+            return losses
+        return losses._replace(ae_sum=losses.ae_sum * 1e6, par_sum=losses.par_sum * 1e6)
+
+
+class Spiked(LargeInSome):
+    """In the sixth step."""
+
+    batches = range(6, 7)
+
+
+class Overflowing(LargeInSome):
+    """In steps six to eight, so that fp16's scale falls from 4 to 1 and can fall no more."""
+
+    batches = range(6, 9)
+
+
 class Broken(PMLM):
     """In every step behind the first checkpoint a loss is far too large."""
 
@@ -59,14 +85,20 @@ def _runs(rank: int, ports: list[int], data: Path, folder: Path) -> None:
         folder / f"{rank}.json", fp16=None, bf16={"enabled": True}, train_batch_size=BATCH,
         scheduler={"type": "WarmupDecayLR", "params": schedule},
     )  # fmt: skip
+    small_scale = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
+    fp16 = deepspeed_json(
+        folder / f"{rank}-fp16.json", fp16=small_scale, train_batch_size=BATCH,
+        scheduler={"type": "WarmupDecayLR", "params": schedule},
+    )  # fmt: skip
     runs: list[tuple[str, int, type | None]] = [
         ("sound", 2, None), ("nan", 2, BrokenOnce), ("resumed", 2, None), ("elastic", 3, None), ("lost", 2, Broken),
+        ("spike", 2, Spiked), ("collapse", 2, Overflowing),
     ]  # fmt: skip
     for name, world_size, model_class in runs:
         run, port = folder / name, ports.pop(0)
         flags = [
-            "--deepspeed_config", str(config), "--data", str(data), "--run", str(run), "--max_rewinds", "1",
-            "--save_every_steps", str(SAVE_EVERY), "--keep_last", "1",
+            "--deepspeed_config", str(fp16 if name == "collapse" else config), "--data", str(data), "--run", str(run), "--max_rewinds", "1",
+            "--save_every_steps", str(SAVE_EVERY), "--keep_last", "1", "--spike_window_steps", "4",
         ]  # fmt: skip
         if rank == 0 and name in ("resumed", "elastic"):
             before = Path("checkpoints") / f"step{SAVE_EVERY:08d}"
@@ -81,7 +113,7 @@ def _runs(rank: int, ports: list[int], data: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(data_folder: Path, forking_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guard")
-    forking_ranks(_runs, [free_port() for _ in range(5)], data_folder, folder)
+    forking_ranks(_runs, [free_port() for _ in range(7)], data_folder, folder)
     return folder
 
 
@@ -100,6 +132,22 @@ def test_the_run_goes_back_and_on_behind_the_window(runs: Path) -> None:
     (fault,) = [r for r in read_records(runs / "nan") if r["kind"] == "fault"]
     assert (fault["step"], fault["fault_step"], fault["first_sample"], fault["stop_sample"]) == (4, 6, 96, 144)
     assert "step 6: loss is not finite; back to step 4, samples 96 to 143" in (runs / "nan" / "console.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("spike", "loss "), ("collapse", "gradients overflow at fp16's smallest loss scale")]
+)
+def test_so_it_does_from_a_spike_and_where_the_loss_scale_is_spent(runs: Path, name: str, reason: str) -> None:
+    records = read_records(runs / name)
+    (fault,) = [record for record in records if record["kind"] == "fault"]
+    assert fault["fault"].startswith(reason)
+    assert (fault["step"], fault["first_sample"]) == (SAVE_EVERY, SAVE_EVERY * BATCH)
+    found = steps_of(runs / name)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    skipped = fault["stop_sample"] - fault["first_sample"]
+    assert skipped >= 2 * BATCH
+    assert [found[s]["samples_consumed"] for s in range(5, 11)] == [s * BATCH + skipped for s in range(5, 11)]
+    assert all(0 < record["ae_loss"] < 10 for record in found.values())
 
 
 def test_a_later_resume_skips_the_same_samples(runs: Path) -> None:
