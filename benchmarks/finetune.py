@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.peers import bert_config
 from benchmarks.text import make_tokenizer
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
 from data_prep.corpus import find_sources, read_documents
@@ -95,14 +96,7 @@ class Bert:
         config = setting.config
         self._setting, self._inputs, self._padding_id = setting, inputs, padding_id
         torch.manual_seed(0)
-        self._model = transformers.BertForSequenceClassification(
-            transformers.BertConfig(
-                vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads, intermediate_size=config.intermediate_size,
-                max_position_embeddings=config.max_positions, hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout, num_labels=_NUM_LABELS, attn_implementation="sdpa",
-            )
-        )  # fmt: skip
+        self._model = transformers.BertForSequenceClassification(bert_config(config, num_labels=_NUM_LABELS))
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=_LEARNING_RATE, fused=True)
 
     def _padded(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ turns, and ratios of medians are the figures:
   AE, then PAR   the two objectives in two passes
   compiled       AE+PAR with its layers compiled (--compile)
 
-Utilisation is the step's needed operations in its time against matrix products of the model's shapes in theirs. Memory
-is the growth of a fresh process, model and gradients included. Writes train_step.json and train_step.png.
+Utilisation is the step's needed operations in its time against matrix products of the model's shapes in theirs. Memory,
+at the longest length, is the growth of a fresh process, model and gradients included. Writes train_step.json and train_step.png.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.peers import bert_config
 from benchmarks.text import Text
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
 from data_prep.files import write_whole
@@ -94,14 +95,7 @@ def pmlm_step(model: PMLM, *layouts: Layout) -> Step:
 
 def bert_step(config: PMLMConfig, dtype: torch.dtype, layout: Layout) -> Step:
     """Forward and backward of BertForMaskedLM on the context and targets of an AE layout."""
-    model = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads, intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_positions, hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout, attn_implementation="sdpa",
-        )
-    ).to(dtype).train()  # fmt: skip
+    model = transformers.BertForMaskedLM(bert_config(config)).to(dtype).train()
     ids_BS, segments_BS = padded(layout, layout.ids_N), padded(layout, layout.segments_N)
     attention_mask, labels_BS = padded(layout, torch.ones_like(layout.ids_N)), padded(layout, labels_of(layout), -100)
 
@@ -274,7 +268,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, default=Path("sample_corpus"), help="text to take the samples from")
     parser.add_argument("--num_layers", type=int, nargs="+", default=[4, 12], help="layers of base width (768)")
     parser.add_argument("--length_tokens", type=int, nargs="+", default=[128, 512], help="tokens of a sample")
-    parser.add_argument("--batch_tokens", type=int, default=2048, help="tokens of a step")
+    parser.add_argument("--batch_tokens", type=int, default=1024, help="tokens of a step")
     parser.add_argument("--precision", choices=_DTYPES, nargs="+", help="default: fp32, and bf16 where the CPU has it")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="of all models")
     parser.add_argument("--vocab_size", type=int, default=30_522, help="of all models; the tokenizer has fewer entries")
@@ -283,7 +277,7 @@ def main() -> int:
     parser.add_argument("--sweep_samples", type=int, nargs="*", default=[1, 2, 4, 8],
                         help="micro batches for the curve of memory against micro batch")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="measure AE+PAR compiled as well")
-    parser.add_argument("--repetitions", type=int, default=7, help="steps measured of each")
+    parser.add_argument("--repetitions", type=int, default=3, help="steps measured of each")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for JSON and PNG")
     args = parser.parse_args()
     return run_command(lambda: _run(args), parser.prog)
@@ -308,20 +302,27 @@ def _run(args: Any) -> None:
         for number in args.sweep_samples
     ]
     rounds = args.repetitions + 1
-    total = len(settings) * len(names) * (rounds + 1) + len(of_length) * 2 * rounds + len(of_batch) * 2
+    with_memory = [s for s in settings if s.length_tokens == max(args.length_tokens)]
+    total = (len(settings) * rounds + len(with_memory)) * len(names) + len(of_length) * 2 * rounds + len(of_batch) * 2
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     with tempfile.TemporaryDirectory() as folder:
         text = Text(args.corpus, Path(folder))
         with progress_bar("measure", total, "step") as bar:
-            rows = [_measure(setting, names, text, args.repetitions, bar.update) for setting in settings]
+            rows = []
+            for setting in settings:
+                row = _measure(setting, names, text, args.repetitions, bar.update)
+                memory_of = names if setting in with_memory else []
+                rows.append(row | {"peak_memory_bytes": _memory(setting, memory_of, text, bar.update)})
             lengths = [
                 {"setting": asdict(s), "medians": _medians(s, (OURS, BERT), text, args.repetitions, bar.update)}
                 for s in of_length
             ]
-            memory = [{"setting": asdict(s), "bytes": _memory(s, (OURS, BERT), text, bar.update)} for s in of_batch]
+            of_micro_batch = [
+                {"setting": asdict(s), "bytes": _memory(s, (OURS, BERT), text, bar.update)} for s in of_batch
+            ]
     result = {
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": available_cores()},
-        "rows": rows, "time_against_length": lengths, "memory_against_micro_batch": memory,
+        "rows": rows, "time_against_length": lengths, "memory_against_micro_batch": of_micro_batch,
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     write_whole(args.output / "train_step.json", json.dumps(result, indent=1).encode())
@@ -365,7 +366,6 @@ def _measure(setting: Setting, names: list[str], text: Text, repetitions: int, a
         "setting": asdict(setting), "title": str(setting), "seconds": seconds, "medians": medians,
         "ratios": {name: medians[OURS] / medians[name] for name in names if name != OURS},
         "needed_flops": needed, "matmul_flops_per_s": rate, "utilisation": needed / medians[OURS] / rate,
-        "peak_memory_bytes": _memory(setting, names, text, advance),
     }  # fmt: skip
 
 
@@ -375,10 +375,13 @@ def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
             f"\n{row['title']}: matmul {row['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s, utilisation of {OURS} {row['utilisation']:.0%}"
         )
         for name, values in row["seconds"].items():
-            yield (
+            line = (
                 f"  {name:13} {row['medians'][name]:8.3f} s ({min(values):.3f} to {max(values):.3f})   {OURS} is "
-                f"{row['ratios'].get(name, 1):5.2f} x   peak memory {row['peak_memory_bytes'][name] / 2**20:7,.0f} MB"
+                f"{row['ratios'].get(name, 1):5.2f} x"
             )
+            if name in row["peak_memory_bytes"]:
+                line += f"   peak memory {row['peak_memory_bytes'][name] / 2**20:7,.0f} MB"
+            yield line
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:

@@ -237,7 +237,8 @@ class ValidationBatch(NamedTuple):
 
 
 def validation_samples(data: DataSet, max_samples: int) -> dict[str, range]:
-    """The held-out samples that a validation uses: the first of each corpus, as many as is its part of the split."""
+    """The held-out samples that a validation uses: of each corpus as many as is its part of the split, evenly spaced, as a
+    corpus's samples lie in the order of its files."""
     num_samples = data.num_samples("validation")
     if not num_samples:
         return {}
@@ -246,7 +247,7 @@ def validation_samples(data: DataSet, max_samples: int) -> dict[str, range]:
     for corpus, samples in data.samples_of_corpora("validation").items():
         num_chosen = floor(samples.stop * part) - floor(samples.start * part)
         if num_chosen:
-            chosen[corpus] = samples[:num_chosen]
+            chosen[corpus] = samples[:: len(samples) // num_chosen][:num_chosen]
     return chosen
 
 
@@ -255,9 +256,9 @@ def validation_batches(
 ) -> list[ValidationBatch]:
     """The rank's micro batches of `validation_samples`, with mask set 0; as many on every rank, maybe none."""
     places = [
-        (corpus, np.arange(first, min(first + share.micro_batch, samples.stop)))
+        (corpus, np.array(samples[first : first + share.micro_batch]))
         for corpus, samples in validation_samples(data, max_samples).items()
-        for first in range(samples.start, samples.stop, share.micro_batch)
+        for first in range(0, len(samples), share.micro_batch)
     ]
     chunks = RecentChunks(data, "validation")
     batches = []

@@ -92,9 +92,11 @@ def test_validation_by_corpus_adds_up(folder: Path) -> None:
     assert sum(sizes.values()) == data.num_samples("validation") > 80
     assert sum(map(len, chosen.values())) == 40
     for corpus, samples in chosen.items():
-        assert samples.start == data.samples_of_corpora("validation")[corpus].start
+        of_corpus = data.samples_of_corpora("validation")[corpus]
+        assert samples.start == of_corpus.start
+        assert of_corpus.stop - 2 * samples.step <= samples[-1] < of_corpus.stop, "spread over the corpus's files"
         assert len(samples) == pytest.approx(40 * sizes[corpus] / sum(sizes.values()), abs=1)
-    masked = [data.read_samples("validation", s.start, s.stop).num_masked_B.sum() for s in chosen.values()]
+    masked = [data.read_samples("validation", s.start, s.stop).num_masked_B[:: s.step].sum() for s in chosen.values()]
     records = of_kind(folder, "validation")
     assert [record["step"] for record in records] == [0, 3, 6]
     for record in records:
