@@ -42,12 +42,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from data_prep.shards import SampleBatch
 
 CONTEXT, GIVEN, PSEUDO = 0, 1, 2
 PADDING_TURN = -1
 SOURCE_SEGMENT, TARGET_SEGMENT = 0, 1
+_SIZES_OF_OCTAVE = 16
+
+
+def few_sizes(number: int) -> int:
+    """The next of numbers that lie a sixteenth apart or less: what is rounded up to them has few different shapes."""
+    step = max(1, (1 << (number - 1).bit_length()) // _SIZES_OF_OCTAVE // 2) if number else 1
+    return -(-number // step) * step
 
 
 class Objective(str, Enum):
@@ -125,6 +133,17 @@ class Layout:
         """Slots of the sample that has the most."""
         return max(stop - start for start, stop in pairwise(self.edges))
 
+    def filled(self, num_slots: int, num_predicted: int) -> Layout:
+        """The same layout with filler up to N slots, seen by nobody, and R predicted places, the first slot's."""
+        more = num_slots - len(self.ids_N)
+        filler = {name: 0 for name in ("ids_N", "positions_N", "segments_N")}
+        filler |= {"roles_N": CONTEXT, "turns_N": PADDING_TURN, "samples_N": self.num_samples}
+        return replace(
+            self,
+            predicted_R=F.pad(self.predicted_R, (0, num_predicted - len(self.predicted_R))),
+            **{name: F.pad(getattr(self, name), (0, more), value=value) for name, value in filler.items()},  # type: ignore[arg-type]
+        )
+
     def to(self, device: torch.device) -> Layout:
         """The same layout on a device; from pinned memory, the copy goes on while the host does."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -171,17 +190,16 @@ def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: i
             roles.append(np.full_like(ids_BP, role))
     is_slot_BS = np.concatenate(is_slot, axis=1)
     slot_BS = (np.cumsum(is_slot_BS) - 1).reshape(is_slot_BS.shape)
-    num_slots, fill = int(is_slot_BS.sum()), is_slot_BS.size if one_shape else 0
 
-    def in_a_row(parts: list[np.ndarray], filler: int) -> torch.Tensor:
-        return _filled(np.concatenate(parts, axis=1)[is_slot_BS].astype(np.int64), fill, filler)
+    def in_a_row(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts, axis=1)[is_slot_BS].astype(np.int64))
 
     predicted_from: dict[str, np.ndarray | None] = {
         "ae": slot_BS[sample_T, position_T] if objective.has_ae else None,
         "par": slot_BS[sample_T, num_context + num_masked + place_T] if objective.has_par else None,
     }
     slots = np.concatenate([s for s in predicted_from.values() if s is not None])
-    is_predicted_N = np.zeros(num_slots, dtype=bool)
+    is_predicted_N = np.zeros(is_slot_BS.sum(), dtype=bool)
     is_predicted_N[slots] = True
     places_N = np.cumsum(is_predicted_N) - 1
     per_target = len(slots) // len(sample_T)
@@ -189,22 +207,23 @@ def pseudo_masked_layout(batch: SampleBatch, objective: Objective, *, mask_id: i
         name: None if slots_T is None else torch.from_numpy(places_N[slots_T])
         for name, slots_T in predicted_from.items()
     }
-    return Layout(
-        ids_N=in_a_row(ids, 0),
-        positions_N=in_a_row(positions, 0),
-        segments_N=in_a_row(segments, 0),
-        roles_N=in_a_row(roles, CONTEXT),
-        turns_N=in_a_row(turns, PADDING_TURN),
-        samples_N=_filled(np.nonzero(is_slot_BS)[0], fill, len(is_slot_BS)),
+    layout = Layout(
+        ids_N=in_a_row(ids),
+        positions_N=in_a_row(positions),
+        segments_N=in_a_row(segments),
+        roles_N=in_a_row(roles),
+        turns_N=in_a_row(turns),
+        samples_N=torch.from_numpy(np.nonzero(is_slot_BS)[0]),
         edges=_edges(is_slot_BS.sum(axis=1)),
         context_lengths=tuple(batch.length_B.tolist()),
         num_tokens=int(batch.length_B.sum()),
-        predicted_R=_filled(np.flatnonzero(is_predicted_N), is_masked_BP.size * per_target if one_shape else 0, 0),
+        predicted_R=torch.from_numpy(np.flatnonzero(is_predicted_N)),
         predicted_edges=_edges(batch.num_masked_B * per_target),
         targets_T=torch.from_numpy(batch.tokens_BL[sample_T, position_T]),
         ae_places_T=places["ae"],
         par_places_T=places["par"],
     )
+    return layout.filled(is_slot_BS.size, is_masked_BP.size * per_target) if one_shape else layout
 
 
 def encoder_layout(
@@ -326,12 +345,6 @@ def next_token_layout(last_R: torch.Tensor, positions_R: torch.Tensor, turn: int
         ae_places_T=None,
         par_places_T=None,
     )
-
-
-def _filled(values: np.ndarray, least_length: int, filler: int) -> torch.Tensor:
-    filled = np.full(max(len(values), least_length), filler, dtype=np.int64)
-    filled[: len(values)] = values
-    return torch.from_numpy(filled)
 
 
 def _edges(lengths: np.ndarray) -> tuple[int, ...]:

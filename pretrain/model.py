@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.attention import Attention, AttentionBackend, RelativePositionBias, choose_backend, make_attention
 from pretrain.cross_entropy import cross_entropy_in_chunks
 from pretrain.dropout import Dropout
-from pretrain.layout import Layout
+from pretrain.layout import Layout, few_sizes
 
 ModelSize = Literal["tiny", "small", "base", "large"]
 _SIZES: dict[ModelSize, dict[str, int]] = {
@@ -192,7 +192,11 @@ class _Bert(nn.Module):
     def forward(
         self, layout: Layout, is_predicted_only: bool = False, attention: Attention | None = None
     ) -> torch.Tensor:
-        return self.encoder(self.embeddings(layout), layout, is_predicted_only, attention)  # type: ignore[no-any-return]
+        num_rows = len(layout.predicted_R if is_predicted_only else layout.ids_N)
+        if attention is None and not layout.ids_N.is_cuda:
+            layout = layout.filled(few_sizes(len(layout.ids_N)), few_sizes(len(layout.predicted_R)))
+        hidden: torch.Tensor = self.encoder(self.embeddings(layout), layout, is_predicted_only, attention)
+        return hidden[:num_rows]
 
 
 class _Embeddings(nn.Module):
@@ -335,9 +339,12 @@ class _PredictionHead(nn.Module):
         self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, label_smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each prediction, and whether it is right, without all their logits at a time."""
-        return cross_entropy_in_chunks(
-            self.transform(hidden_TH), self.decoder.weight, self.bias, targets_T, label_smoothing
+        more = 0 if hidden_TH.is_cuda else few_sizes(len(targets_T)) - len(targets_T)
+        hidden_TH, filled_T = F.pad(hidden_TH, (0, 0, 0, more)), F.pad(targets_T, (0, more))
+        losses, is_correct = cross_entropy_in_chunks(
+            self.transform(hidden_TH), self.decoder.weight, self.bias, filled_T, label_smoothing
         )
+        return losses[: len(targets_T)], is_correct[: len(targets_T)]
 
 
 class _Transform(_Dense):

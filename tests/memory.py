@@ -1,4 +1,4 @@
-"""How large the tensors are that operations make, and how many bytes of them live at a time."""
+"""How large the tensors are that operations make, how many bytes of them live at a time, and which products they make."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ class LargestTensor(TorchDispatchMode):
                 else:
                     self.num_elements = max(self.num_elements, elements)
         return result
+
+
+class Products(TorchDispatchMode):
+    """The different matrix products that torch's operations make while this is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
+            tensors = [(x.shape, x.stride()) for x in args if isinstance(x, torch.Tensor)]
+            self.shapes.add((func.overloadpacket, *tensors))
+        return func(*args, **(kwargs or {}))
 
 
 class LiveMemory(TorchDispatchMode):
