@@ -21,8 +21,10 @@ TEXTS = (
 """Of benchmarks.corpora: 74 MB."""
 
 DEEPSPEED_CONFIG = "ds_configs/zero2_tiny.json"
-TOTAL_STEPS = 4000
-MODEL_FLAGS = ("--model", "tiny", "--max_positions", str(MAX_LENGTH_TOKENS))
+TOTAL_STEPS = 8000
+MODEL_FLAGS = (
+    "--model", "tiny", "--max_positions", str(MAX_LENGTH_TOKENS), "--dropout", "0", "--initializer_range", "0.05",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
