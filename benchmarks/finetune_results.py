@@ -16,7 +16,7 @@ import math
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from finetune.classifier import Classifier
 from finetune.classify import ColumnSettings, Data, DataSettings, Labelled, read_data, train
 from finetune.runs import StartSettings
 from finetune.tables import Table, read_table
-from finetune.trainer import TrainSettings, learning_rate_factor
+from finetune.trainer import MODEL, TrainSettings, learning_rate_factor
 from finetune.weights import load_pretrained
 from pretrain.export import StoredModel, is_export, write_export
 from pretrain.model import PMLM
@@ -69,9 +69,10 @@ class Task:
         )
 
 
-def accuracy(labels: list[str], predicted: list[Any]) -> float:
-    """Share of equal ones."""
-    return statistics.fmean(a == b for a, b in zip(labels, predicted, strict=True))
+def tested(test: Labelled, predicted: Sequence[Any]) -> dict[str, Any]:
+    """The accuracy, and of each sample whether it is right, a digit."""
+    is_right = [a == b for a, b in zip(test.labels, predicted, strict=True)]
+    return {"test": statistics.fmean(is_right), "right": "".join(str(int(right)) for right in is_right)}
 
 
 def once(folder: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def train_here(weights: Path, run: Path, data: Data, test: Labelled, settings: T
     """As `python -m finetune.classify train` does."""
     summary = train(StartSettings(weights, run, max_length_tokens=max_length_tokens), settings, data)
     predicted = Classifier.load(run).predict(test.texts, test.pairs)
-    return {"test": accuracy(test.labels, predicted), "validation": summary["validation"]["accuracy"]}
+    return {**tested(test, predicted), "validation": summary["validation"]["accuracy"]}
 
 
 def random_twin(weights: Path, folder: Path, seed: int) -> Path:
@@ -118,7 +119,6 @@ def train_there(
     """The same recipe with transformers alone: its tokenizer, model and padding, torch's AdamW."""
     import transformers
 
-    run.mkdir(parents=True, exist_ok=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(weights)
     labels = {label: place for place, label in enumerate(data.target.labels)}
     torch.manual_seed(settings.seed)
@@ -164,12 +164,13 @@ def train_there(
         optimizer.zero_grad()
         if place == steps_per_epoch - 1:
             model.eval()
-            found = accuracy(validation.labels, predict(validation))
+            found = tested(validation, predict(validation))["test"]
             if found > best_accuracy:
                 best_accuracy, best_state = found, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_state)
     model.eval()
-    return {"test": accuracy(test.labels, predict(test)), "validation": best_accuracy}
+    model.save_pretrained(run / MODEL)
+    return {**tested(test, predict(test)), "validation": best_accuracy}
 
 
 # ---- the program
@@ -209,6 +210,8 @@ def _run(args: Any) -> None:
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}, "rows": rows,
     })  # fmt: skip
     table = _table(rows)
+    if args.bert is not None:
+        table += _difference(rows[-2], rows[-1])
     write_whole(args.output / "results.md", table.encode())
     print(table)
 
@@ -244,7 +247,8 @@ def _measure(args: Any) -> Iterator[dict[str, Any]]:
                 "max_length_tokens": args.max_length_tokens,
             }
             found.append(once(run, known, partial(make, weights_for(seed), run, data, test, settings)))
-            print(f"{task.name}, {name}, seed {seed}: {found[-1]}", file=sys.stderr, flush=True)
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in found[-1].items() if key != "right")
+            print(f"{task.name}, {name}, seed {seed}: {shown}", file=sys.stderr, flush=True)
         counts = [test.labels.count(label) for label in data.target.labels]
         yield {
             "task": task.name, "model": name, "num_train": len(data.train.labels), "num_test": len(test.labels),
@@ -267,6 +271,19 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"**{row['test_mean']:.3f}**, {row['test_sd']:.3f} | {seeds} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """The mean accuracy of one less that of the other, with its error over trainings and over samples, which are the same."""
+    runs = len(one["runs"])
+    over_runs = math.sqrt((one["test_sd"] ** 2 + other["test_sd"] ** 2) / runs)
+    counts = [[sum(map(int, sample)) for sample in zip(*(run["right"] for run in row["runs"]), strict=True)] for row in (one, other)]  # fmt: skip
+    per_sample = [(a - b) / runs for a, b in zip(*counts, strict=True)]
+    over_samples = _deviation(per_sample) / math.sqrt(len(per_sample))
+    return (
+        f"\n{one['model']} - {other['model']}: {one['test_mean'] - other['test_mean']:+.4f}; standard error {over_runs:.4f} by "
+        f"trainings, {over_samples:.4f} by samples\n"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ end, of a pair the longer of the two until they are even.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,11 @@ class Classifier:
 
     @classmethod
     def make(
-        cls, pretrained: PMLM, tokenizer: Tokenizer, target: Target, max_length_tokens: int, processes: Processes, seed: int
+        cls, pretrained: PMLM, tokenizer: Tokenizer, target: Target, max_length_tokens: int, processes: Processes, seed: int,
+        pooler: Mapping[str, torch.Tensor] | None = None,
     ) -> Classifier:  # fmt: skip
-        """With a new output."""
-        model = SequenceClassifier(pretrained, target.num_outputs, seed)
+        """With a new output; `pooler`: see SequenceClassifier."""
+        model = SequenceClassifier(pretrained, target.num_outputs, seed, pooler)
         return cls(model, tokenizer, target, max_length_tokens, processes)
 
     @classmethod

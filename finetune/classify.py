@@ -237,7 +237,9 @@ def train(
     pretrained = load_start(start, processes)
 
     def classifier_of(model: PMLM, seed: int) -> Classifier:
-        return Classifier.make(model, pretrained.tokenizer, target, start.max_length_tokens, processes, seed)
+        return Classifier.make(
+            model, pretrained.tokenizer, target, start.max_length_tokens, processes, seed, pretrained.pooler
+        )
 
     parts = {}
     for suffix, part in (("train", data.train), *data.validation.items()):
@@ -250,7 +252,8 @@ def train(
         validation = {suffix: parts[suffix] for suffix in data.validation}
         return classifier.model, ClassifyTask(classifier, parts["train"], validation, data.score)
 
-    identity = {"max_length_tokens": start.max_length_tokens, **fingerprint(pretrained.model.bert, data.files)}
+    of_start = fingerprint(pretrained.model.bert, data.files, pretrained.pooler)
+    identity = {"max_length_tokens": start.max_length_tokens, **of_start}
     summary = train_all(start, settings, pretrained.model, identity, processes, make_task)
     best = Classifier.load(folder, processes)
     if not target.is_regression:

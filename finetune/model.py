@@ -9,6 +9,7 @@ Shapes: N slots, R slots needed, B samples, C outputs, T target tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +32,15 @@ SUMMARY = "summary.json"
 
 
 class SequenceClassifier(nn.Module):
-    """The vector of [SOS], a dense layer with tanh, dropout, a linear layer: [B, C]. The last layer computes [SOS] alone."""
+    """The vector of [SOS], a dense layer with tanh (the pooler), dropout, a linear layer: [B, C]. The last layer of the
+    encoder computes [SOS] alone."""
 
     kind = "pmlm-classifier"
 
-    def __init__(self, pretrained: PMLM, num_outputs: int, seed: int) -> None:
+    def __init__(
+        self, pretrained: PMLM, num_outputs: int, seed: int, pooler_weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Without a pre-trained pooler's weights its own are new."""
         super().__init__()
         self.config = pretrained.config
         self.bert = pretrained.bert
@@ -44,6 +49,8 @@ class SequenceClassifier(nn.Module):
         self.classifier = nn.Linear(self.config.hidden_size, num_outputs)
         self.dropout = Dropout(self.config.dropout)
         _initialize([pooler.dense, self.classifier], self.config, seed)
+        if pooler_weights:
+            pooler.load_state_dict(pooler_weights)
 
     @classmethod
     def of_task(cls, pretrained: PMLM, task: dict[str, Any]) -> SequenceClassifier:

@@ -260,6 +260,7 @@ class PMLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = PMLMConfig
     base_model_prefix = "bert"
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"pooler\."]  # which classification alone has
     _no_split_modules: ClassVar[list[str]] = ["_Layer"]
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -8,11 +8,12 @@ import itertools
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, add_flags, flag_values, run_command, tell_error
@@ -94,12 +95,14 @@ def load_start(start: StartSettings, processes: Processes) -> Pretrained:
     return pretrained
 
 
-def fingerprint(model: nn.Module, files: Sequence[Path]) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, files: Sequence[Path], pooler: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
     """Hashes of weights and files, which a run that goes on must share."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, tensor in sorted({**dict(model.named_parameters()), **(pooler or {})}.items()):
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
     return {"weights_sha256": digest.hexdigest(), "files": {file.name: sha256_of_file(file) for file in files}}
 
 

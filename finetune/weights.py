@@ -22,7 +22,18 @@ from data_prep.files import read_json
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import MANIFEST, checkpoints_folder
-from pretrain.export import CONFIG, TIED, StoredModel, is_export, read_export, read_run, read_safetensors, refuse_unfit
+from pretrain.export import (
+    CONFIG,
+    POOLER,
+    TIED,
+    StoredModel,
+    is_export,
+    pooler_shapes,
+    read_export,
+    read_run,
+    read_safetensors,
+    refuse_unfit,
+)
 from pretrain.model import PMLM, PMLMConfig
 
 CONFIG_NAMES = {
@@ -39,7 +50,7 @@ ORIGIN = "pmlm"
 HEAD = "cls.predictions."
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json", "vocab.txt")
-_NOT_USED = re.compile(r"bert\.pooler\..*|cls\.seq_relationship\..*|.*\.position_ids|.*\.token_type_ids")
+_NOT_USED = re.compile(r"cls\.seq_relationship\..*|.*\.position_ids|.*\.token_type_ids")
 _WORDS, _POSITIONS = "bert.embeddings.word_embeddings.weight", "bert.embeddings.position_embeddings.weight"
 _RELATIVE_BIAS = "bert.encoder.rel_pos_bias.weight"
 
@@ -52,6 +63,8 @@ class Pretrained:
     tokenizer: Tokenizer
     has_head: bool
     """Whether the output layer was pre-trained; else its weights are initial ones."""
+    pooler: dict[str, torch.Tensor] = field(default_factory=dict)
+    """See StoredModel."""
     notes: tuple[str, ...] = ()
     """What of the files was not used, or what they lacked and was made up, each in a line for the user."""
 
@@ -84,7 +97,7 @@ def load_pretrained(path: Path, *, tokenizer: Path | None = None, max_positions:
         )
         stored = _with_positions(stored, max_positions)
     has_head = any(name.startswith(HEAD) for name in stored.weights)
-    return Pretrained(with_head(stored).load(), stored.tokenizer, has_head, notes)
+    return Pretrained(with_head(stored).load(), stored.tokenizer, has_head, stored.pooler, notes)
 
 
 def read_pretrained(path: Path, *, tokenizer: Path | None = None) -> tuple[StoredModel, tuple[str, ...]]:
@@ -312,6 +325,8 @@ def _fit(found: _Found, config: PMLMConfig, values: Mapping[str, Any]) -> None:
     if not any(name.startswith(HEAD) for name in weights):
         expected = {name: shape for name, shape in expected.items() if not name.startswith(HEAD)}
         found.notes.append(f"{file}: has no output layer ({HEAD}*)")
+    if any(name.startswith(POOLER) for name in weights):
+        expected |= pooler_shapes(config)
     faults = list(found.faults)
     try:
         refuse_unfit(file, {found.names.get(n, n): t for n, t in weights.items()}, {

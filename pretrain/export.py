@@ -33,6 +33,7 @@ VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TIED = "cls.predictions.decoder.weight"
+POOLER = "bert.pooler."
 _ORIGINS = ("objective", "trained_steps", "trained_samples")
 
 
@@ -44,20 +45,32 @@ class StoredModel:
     """Where the weights are, for messages."""
     config: PMLMConfig
     weights: dict[str, torch.Tensor]
-    """fp32, named as PMLM's own, without the output embedding, which is the word embedding."""
+    """fp32, named as PMLM's own, without the output embedding, which is the word embedding. A pooler may be among them."""
     tokenizer: Tokenizer
     origin: dict[str, Any] = field(default_factory=dict)
     """How it was trained, where that is known: objective, trained_steps, trained_samples."""
+
+    @property
+    def pooler(self) -> dict[str, torch.Tensor]:
+        """A BERT's layer for [SOS], which a PMLM has not and classification begins with: dense.weight and dense.bias, or nothing."""
+        return {n.removeprefix(POOLER): tensor for n, tensor in self.weights.items() if n.startswith(POOLER)}
 
     def load(self) -> PMLM:
         """The model, in eval mode. Raises ValueError, naming file and tensor, for what is missing, extra or misshapen."""
         model = PMLM(self.config)
         parameters = dict(model.named_parameters())
-        refuse_unfit(self.file, self.weights, {name: tuple(p.shape) for name, p in parameters.items()})
+        expected = {name: tuple(p.shape) for name, p in parameters.items()}
+        refuse_unfit(self.file, self.weights, expected | (pooler_shapes(self.config) if self.pooler else {}))
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.weights[name])
         return model.eval()
+
+
+def pooler_shapes(config: PMLMConfig) -> dict[str, tuple[int, ...]]:
+    """By name, of those that a pooler has."""
+    size = config.hidden_size
+    return {f"{POOLER}dense.weight": (size, size), f"{POOLER}dense.bias": (size,)}
 
 
 def refuse_unfit(file: Path, weights: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
