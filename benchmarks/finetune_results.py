@@ -1,12 +1,9 @@
-"""python -m benchmarks.finetune_results: what pre-training gives to tasks, and what another implementation gets from the same weights.
+"""python -m benchmarks.finetune_results: weights of BERT's architecture, fine-tuned here and with transformers alone.
 
-  --weights   a pre-trained PMLM against the same model with random weights, on film reviews and on pairs of Bible verses
-  --bert      weights of BERT's architecture, opened by finetune.weights and trained here, against transformers'
-              BertForSequenceClassification, on film reviews: same samples, order, batches, steps, learning rates, seeds
-
-The data is what `python -m benchmarks.corpora vader-movies bible-pairs --output data/corpora` makes. Training is on the first samples
-of a permutation of the training file; the weights of the best epoch in validation are tested. What is trained already is not trained
-again. Writes results.json and results.md.
+Opened by finetune.weights and trained by finetune.classify, against transformers' BertForSequenceClassification, on film reviews: same
+samples, order, batches, steps, learning rates and seeds. The data is what `python -m benchmarks.corpora vader-movies --output
+data/corpora` makes. The weights of the best epoch in validation are tested. What is trained already is not trained again. Writes
+results.json and results.md.
 """
 
 from __future__ import annotations
@@ -17,56 +14,25 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.study.tasks import Classification, Sizes
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, write_json, write_whole
 from finetune.batches import epoch_order, prediction_batches
 from finetune.classifier import Classifier
 from finetune.classify import ColumnSettings, Data, DataSettings, Labelled, read_data, train
 from finetune.runs import StartSettings
-from finetune.tables import Table, read_table
+from finetune.tables import read_table
 from finetune.trainer import MODEL, TrainSettings, learning_rate_factor
-from finetune.weights import load_pretrained
-from pretrain.export import StoredModel, is_export, write_export
-from pretrain.model import PMLM
 
-_PERMUTATION_SEED = 0
+_FILMS = "vader-movies"
+_ALL = 10**6
 RESULT = "test.json"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A folder of benchmarks.corpora's, and how many of its samples are used."""
-
-    name: str
-    text: str
-    pair: str | None
-    num_train: int
-
-    def read(self, corpora: Path, num_test: int) -> tuple[Data, Labelled]:
-        """To train on, and to test: the test file, and of the training file what is not trained on, up to `num_test`."""
-        folder = corpora / "tasks" / self.name
-        columns = ColumnSettings(self.text, self.pair)
-        data = read_data(
-            DataSettings(train_file=folder / "train.tsv", validation_file=folder / "validation.tsv"), columns
-        )
-        test = read_table(folder / "test.tsv", [*columns.texts, "label"])
-        whole = data.train.table
-        order = epoch_order(_PERMUTATION_SEED, 0, len(whole.rows)).tolist()
-        used, unused = order[: self.num_train], order[self.num_train :][: max(0, num_test - len(test.rows))]
-        train_table = Table(whole.path, [whole.rows[i] for i in used], [whole.lines[i] for i in used])
-        test_table = Table(test.path, test.rows + [whole.rows[i] for i in unused], [])
-        num_texts = data.train.num_texts
-        return (
-            Data(Labelled(train_table, num_texts), data.validation, data.target, data.score),
-            Labelled(test_table, num_texts),
-        )
 
 
 def tested(test: Labelled, predicted: Sequence[Any]) -> dict[str, Any]:
@@ -97,17 +63,6 @@ def train_here(weights: Path, run: Path, data: Data, test: Labelled, settings: T
     summary = train(StartSettings(weights, run, max_length_tokens=max_length_tokens), settings, data)
     predicted = Classifier.load(run).predict(test.texts, test.pairs)
     return {**tested(test, predicted), "validation": summary["validation"]["accuracy"]}
-
-
-def random_twin(weights: Path, folder: Path, seed: int) -> Path:
-    """An export of the same size and tokenizer, with initial weights."""
-    if not is_export(folder):
-        pretrained = load_pretrained(weights)
-        torch.manual_seed(seed)
-        model = PMLM(pretrained.model.config)
-        named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        write_export(folder, StoredModel(folder, model.config, named, pretrained.tokenizer))
-    return folder
 
 
 # ---- transformers
@@ -180,18 +135,13 @@ def main() -> int:
     """Entry point; returns the exit status."""
     parser = ArgumentParser(prog="python -m benchmarks.finetune_results", description=__doc__)
     parser.add_argument("--corpora", type=Path, default=Path("data/corpora"), help="what benchmarks.corpora made")
-    parser.add_argument("--weights", type=Path, metavar="PATH", help="a pre-trained PMLM, see finetune.classify")
     parser.add_argument(
-        "--bert", type=Path, metavar="PATH", help="folder with BERT's config.json, weights and vocab.txt"
+        "--bert", type=Path, metavar="PATH", required=True, help="folder with BERT's config.json, weights and vocab.txt"
     )
-    parser.add_argument("--num_train", type=int, nargs=2, default=[4000, 4000], metavar="N",
-                        help="samples of films and of verses that the PMLM is trained on")  # fmt: skip
-    parser.add_argument("--bert_num_train", type=int, default=1000, help="samples of films for BERT's weights")
+    parser.add_argument("--num_train", type=int, default=1000, help="samples to train on")
     parser.add_argument("--num_test", type=int, default=1000, help="samples to test with, where there are as many")
-    parser.add_argument("--epochs", type=int, default=3, help="of --weights")
-    parser.add_argument("--bert_epochs", type=int, default=3, help="of --bert")
-    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of --weights")  # fmt: skip
-    parser.add_argument("--bert_learning_rate", type=float, default=1e-4, help="of --bert")
+    parser.add_argument("--epochs", type=int, default=3, help="times that every sample is seen")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="peak")
     parser.add_argument("--max_length_tokens", type=int, default=128, help="longer inputs are cut")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each")
     parser.add_argument(
@@ -202,56 +152,39 @@ def main() -> int:
 
 
 def _run(args: Any) -> None:
-    if args.weights is None and args.bert is None:
-        raise ValueError("expected --weights or --bert, or both")
     torch.set_flush_denormal(True)
-    rows = list(_measure(args))
-    write_json(args.output / "results.json", {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}, "rows": rows,
-    })  # fmt: skip
-    table = _table(rows)
-    if args.bert is not None:
-        table += _difference(rows[-2], rows[-1])
+    columns = ColumnSettings()
+    films = Classification(_FILMS, "", Sizes(args.num_train, _ALL, args.num_test), {}, columns)
+    files = films.prepare(args.corpora, args.output / _FILMS)
+    data = read_data(DataSettings(train_file=files.train, validation_file=files.validation), columns)
+    test = Labelled(read_table(files.test, [*columns.texts, "label"]), 1)
+    rows = list(_measure(args, data, test))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    write_json(args.output / "results.json", {"settings": settings, "rows": rows})
+    table = _table(rows) + _difference(*rows)
     write_whole(args.output / "results.md", table.encode())
     print(table)
 
 
-def _measure(args: Any) -> Iterator[dict[str, Any]]:
-    films, verses = Task("vader-movies", "text", None, args.num_train[0]), Task("bible-pairs", "text_a", "text_b", args.num_train[1])  # fmt: skip
-    twins = args.output / "random"
-    here = partial(train_here, max_length_tokens=args.max_length_tokens)
-    there = partial(train_there, max_length_tokens=args.max_length_tokens)
-    ours = {"epochs": args.epochs, "learning_rate": args.learning_rate}
-    berts = {"epochs": args.bert_epochs, "learning_rate": args.bert_learning_rate}
-    jobs: list[tuple[str, Task, dict[str, Any], Callable[[int], Path], Callable[..., dict[str, Any]]]] = []
-    if args.weights is not None:
-        for task in (films, verses):
-            jobs.append(("pre-trained PMLM", task, ours, lambda seed: args.weights, here))
-            jobs.append(
-                ("random weights", task, ours, lambda seed: random_twin(args.weights, twins / str(seed), seed), here)
-            )
-    if args.bert is not None:
-        few = replace(films, num_train=args.bert_num_train)
-        jobs.append(("BERT's weights, here", few, berts, lambda seed: args.bert, here))
-        jobs.append(("BERT's weights, transformers", few, berts, lambda seed: args.bert, there))
-    for name, task, numbers, weights_for, make in jobs:
-        data, test = task.read(args.corpora, args.num_test)
+def _measure(args: Any, data: Data, test: Labelled) -> Iterator[dict[str, Any]]:
+    for name, make in (("here", train_here), ("transformers", train_there)):
         found = []
         for seed in range(args.seeds):
-            run = args.output / f"{task.name}_{''.join(c if c.isalnum() else '-' for c in name)}_{seed}"
+            run = args.output / f"{name}_{seed}"
+            numbers = {"epochs": args.epochs, "learning_rate": args.learning_rate}
             settings = TrainSettings(micro_batch_size=32, seed=seed, **numbers)
             known = {
                 **numbers,
-                "num_train": task.num_train,
+                "num_train": args.num_train,
                 "num_test": args.num_test,
                 "max_length_tokens": args.max_length_tokens,
             }
-            found.append(once(run, known, partial(make, weights_for(seed), run, data, test, settings)))
+            found.append(once(run, known, partial(make, args.bert, run, data, test, settings, args.max_length_tokens)))
             shown = ", ".join(f"{key} {value:.4g}" for key, value in found[-1].items() if key != "right")
-            print(f"{task.name}, {name}, seed {seed}: {shown}", file=sys.stderr, flush=True)
+            print(f"{name}, seed {seed}: {shown}", file=sys.stderr, flush=True)
         counts = [test.labels.count(label) for label in data.target.labels]
         yield {
-            "task": task.name, "model": name, "num_train": len(data.train.labels), "num_test": len(test.labels),
+            "model": name, "num_train": len(data.train.labels), "num_test": len(test.labels),
             "majority": max(counts) / sum(counts), "runs": found,
             **{f"{kind}_{what}": function([run[kind] for run in found])
                for kind in ("test", "validation") for what, function in (("mean", statistics.fmean), ("sd", _deviation))},
@@ -263,11 +196,11 @@ def _deviation(values: list[float]) -> float:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| task | trained on | tested on | most frequent class | model | test accuracy: mean, sd | each seed |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| trained on | tested on | most frequent class | trained by | test accuracy: mean, sd | each seed |", "|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         seeds = ", ".join(f"{run['test']:.3f}" for run in row["runs"])
         lines.append(
-            f"| {row['task']} | {row['num_train']:,} | {row['num_test']:,} | {row['majority']:.3f} | {row['model']} | "
+            f"| {row['num_train']:,} | {row['num_test']:,} | {row['majority']:.3f} | {row['model']} | "
             f"**{row['test_mean']:.3f}**, {row['test_sd']:.3f} | {seeds} |"
         )
     return "\n".join(lines) + "\n"
