@@ -36,6 +36,7 @@ from data_prep.cleaning import NO_CLEANING, cleaned
 from data_prep.console import ArgumentParser, progress_bar, run_command
 from data_prep.corpus import Document, Unit, find_sources, make_document, plan_units, read_unit
 from data_prep.files import sha256_of_file
+from data_prep.memory import keep_freed_memory
 from data_prep.packing import Texts, assemble
 from data_prep.parameters import BuildParameters
 from data_prep.shards import CHUNK_SAMPLES, DataSet, read_data_manifest, write_data_manifest, write_shard
@@ -163,6 +164,7 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
         yield
         seconds[stage] += time.process_time() - started
 
+    keep_freed_memory()
     folder.mkdir()
     sources, tokenizer, parameters = find_sources(corpus), load_tokenizer(model), BuildParameters(mask_sets=_MASK_SETS)
     seconds["start of the process"] = cost_of("-c", _START).cpu_s

@@ -386,6 +386,7 @@ def _texts_of(shard: _ShardPlan, order: TextOrder) -> Texts:
 def _write_shard(shard: _ShardPlan, order: TextOrder) -> Work:
     """Leave the shard in its place and its entry of the manifest in a file."""
     parameters, tokenizer = _worker.parameters, _worker.tokenizer
+    tokenizer.forget_words()
     first_sample = number_of_sample(shard.split, shard.first)
     samples = assemble(
         _texts_of(shard, order), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,

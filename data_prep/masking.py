@@ -8,8 +8,9 @@ What the paper leaves open: special tokens count as masked already, so no block 
 the text is drawn anew; the last block is shortened, so that exactly round(0.15 * maskable) tokens, at least 1, are
 masked.
 
-A sample's words are used as they are needed: one for each block drawn, its start (upper half) and length (lower half),
-and behind a block that is taken one for each of its tokens, what is shown there.
+A sample's words: one for each block that may be drawn, its start (upper half) and length (lower half), and behind them one
+for each masked token, what is shown there. None depends on which blocks were taken, so no jump does either: a processor
+cannot foresee it, and to be wrong costs it more than to draw a block.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def draw_masks(
     keys = [draw_words(seed, Decision.MASKS, first_sample, len(length_B), 1, variant) for variant in range(mask_sets)]
     _algorithm_1(
         tokens_T, length_B, is_special_V, num_masked_B, num_attempts(num_masked_B), np.concatenate(keys, axis=1),
-        normal_ids.astype(tokens_T.dtype), mask_id, places_KM["position"], places_KM["turn"], places_KM["shown"],
+        normal_ids.astype(tokens_T.dtype), mask_id, places_KM,
     )  # fmt: skip
     return Masks(num_masked_B, places_KM)
 
@@ -102,24 +103,40 @@ def _num_maskable(tokens_T: np.ndarray, length_B: np.ndarray, is_special_V: np.n
     return num_maskable_B
 
 
+# Below, indices are unsigned: of others numba asks whether they count from the end.
+
+
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def block_draw(word: int, length: int) -> tuple[int, int]:
+def block_draw(word: int, length: int | np.uint64) -> tuple[np.uint64, np.uint64]:
     """Start and length of the block that a word stands for, in a text of `length` tokens."""
     start = ((word >> np.uint64(32)) * np.uint64(length)) >> np.uint64(32)
     low = word & np.uint64(0xFFFFFFFF)
     lengths = np.uint64(MAX_BLOCK_TOKENS - MIN_BLOCK_TOKENS + 1)
-    block = MIN_BLOCK_TOKENS + int(low * lengths // np.uint64(_IS_BLOCK_BELOW))
-    return int(start), block if low < np.uint64(_IS_BLOCK_BELOW) else 1
+    block = np.uint64(MIN_BLOCK_TOKENS) + low * lengths // np.uint64(_IS_BLOCK_BELOW)
+    return start, block if low < np.uint64(_IS_BLOCK_BELOW) else np.uint64(1)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def shown_id(word: int, original: int, normal_ids: np.ndarray, mask_id: int) -> int:
-    """What the context shows in place of `original`. Nothing is skipped: what is drawn anew each time, a processor cannot
-    foresee, and jumps are dear."""
+    """What the context shows in place of `original`."""
     coin = word >> np.uint64(32)
     random_id = normal_ids[((word & np.uint64(0xFFFFFFFF)) * np.uint64(len(normal_ids))) >> np.uint64(32)]
     unmasked_id = random_id if coin < np.uint64(_SHOW_RANDOM_BELOW) else original
     return mask_id if coin < np.uint64(_SHOW_MASK_BELOW) else unmasked_id
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _bits_from(bits: np.ndarray, start: np.uint64) -> np.uint64:
+    """64 bits, the lowest of them number `start`."""
+    word, shift = start >> np.uint64(6), start & np.uint64(63)
+    return (bits[word] >> shift) | (bits[word + np.uint64(1)] << (np.uint64(63) - shift) << np.uint64(1))  # type: ignore[no-any-return]
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _set_from(bits: np.ndarray, start: np.uint64, chosen: np.uint64) -> None:
+    word, shift = start >> np.uint64(6), start & np.uint64(63)
+    bits[word] |= chosen << shift
+    bits[word + np.uint64(1)] |= chosen >> (np.uint64(63) - shift) >> np.uint64(1)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -132,45 +149,47 @@ def _algorithm_1(
     keys_BK: np.ndarray,
     normal_ids: np.ndarray,
     mask_id: int,
-    positions_KM: np.ndarray,
-    turns_KM: np.ndarray,
-    shown_KM: np.ndarray,
+    places_KM: np.ndarray,
 ) -> None:
-    is_blocked = np.empty(length_B.max(), dtype=np.bool_)
-    first_token = first_place = 0
+    zero, one = np.uint64(0), np.uint64(1)
+    always_blocked = np.empty(length_B.max() // 64 + 2, dtype=np.uint64)
+    is_blocked = np.empty_like(always_blocked)
+    room = num_masked_B.max() + MAX_BLOCK_TOKENS  # every block is written as if it were taken and of the most tokens
+    positions, turns = np.empty(room, dtype=np.uint16), np.empty(room, dtype=np.uint16)
+    first_token = first_place = zero
     for b in range(len(length_B)):
-        length, target = length_B[b], num_masked_B[b]
+        length, target = np.uint64(length_B[b]), np.uint64(num_masked_B[b])
+        always_blocked[:] = ~zero  # what is behind the text
         for position in range(length):
-            is_blocked[position] = is_special_V[tokens_T[first_token + position]]
+            is_free = np.uint64(not is_special_V[tokens_T[first_token + position]])
+            always_blocked[position >> np.uint64(6)] ^= is_free << (position & np.uint64(63))
         for k in range(keys_BK.shape[1]):
             key = keys_BK[b, k]
-            count, turn, attempt, num_words = 0, 0, 0, 0
-            while count < target:
-                if attempt < attempts_B[b]:
-                    start, block = block_draw(word_of(key, num_words), length)
-                    attempt += 1
-                    num_words += 1
-                    block = min(block, target - count)
-                else:  # draws used up: single tokens from the left
-                    start, block = 0, 1
-                    while is_blocked[start]:
-                        start += 1
-                is_free = start + block <= length
-                for position in range(start, min(start + block, length)):
-                    is_free = is_free and not is_blocked[position]
-                if not is_free:
-                    continue
-                turn += 1
-                for position in range(start, start + block):
-                    is_blocked[position] = True
-                    place = first_place + count
-                    positions_KM[k, place] = position
-                    turns_KM[k, place] = turn
-                    original = tokens_T[first_token + position]
-                    shown_KM[k, place] = shown_id(word_of(key, num_words), original, normal_ids, mask_id)
-                    num_words += 1
-                    count += 1
-            for place in range(first_place, first_place + target):
-                is_blocked[positions_KM[k, place]] = False
+            is_blocked[:] = always_blocked
+            count, turn, attempt = zero, zero, 0
+            while count < target and attempt < attempts_B[b]:
+                start, block = block_draw(word_of(key, attempt), length)
+                block = min(block, target - count)
+                attempt += 1
+                chosen = (one << block) - one
+                is_taken = np.uint64((_bits_from(is_blocked, start) & chosen) == zero)
+                _set_from(is_blocked, start, chosen * is_taken)
+                turn += is_taken
+                for i in range(np.uint64(MAX_BLOCK_TOKENS)):
+                    positions[count + i] = start + i
+                    turns[count + i] = turn
+                count += block * is_taken
+            start = zero
+            while count < target:  # draws used up: single tokens from the left
+                if not _bits_from(is_blocked, start) & one:
+                    turn += one
+                    positions[count], turns[count] = start, turn
+                    count += one
+                start += one
+            for i in range(target):
+                place, original = places_KM[k, first_place + i], tokens_T[first_token + np.uint64(positions[i])]
+                word = word_of(key, attempts_B[b] + np.int64(i))
+                place.position, place.turn = positions[i], turns[i]
+                place.shown = shown_id(word, original, normal_ids, mask_id)
         first_token += length
         first_place += target

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data_prep.console import USER_ERROR_STATUS, describe_error
+from data_prep.memory import keep_freed_memory
 from data_prep.progress import Progress, Stage, Work
 
 _T = TypeVar("_T")
@@ -89,9 +90,11 @@ class _LogFile(logging.Handler):
         super().close()
 
 
-def _open_log(folder: Path | None, process: str) -> None:
-    if folder:
-        _log.addHandler(_LogFile(folder, process))
+def _begin(log_folder: Path | None, process: str) -> None:
+    """What each process does first."""
+    keep_freed_memory()
+    if log_folder:
+        _log.addHandler(_LogFile(log_folder, process))
         _log.info("%s: %s", process, " ".join(sys.argv))
 
 
@@ -133,14 +136,15 @@ class LocalProcesses:
         self._log_folder = log_folder
         if log_folder:
             log_folder.mkdir(parents=True, exist_ok=True)
-        _open_log(log_folder, "main")
+        _begin(log_folder, "main")
         if len(self._names) == 1:
             set_up(*settings)
             return
-        spawn = get_context("spawn")
+        fork = get_context("fork")  # a process started anew would import all of this for half a second
         self._pool = ProcessPoolExecutor(
-            len(self._names), spawn, _set_up_worker, (self._names, spawn.Value("i", 0), log_folder, set_up, settings)
+            len(self._names), fork, _set_up_worker, (self._names, fork.Value("i", 0), log_folder, set_up, settings)
         )
+        self._submit(os.getpid)  # forks all of them, while there are no threads here
 
     def on_main(self, decide: Callable[[], _T]) -> _T:
         """See `Processes`."""
@@ -163,7 +167,7 @@ class LocalProcesses:
         pending: set[Future[Work]] = set()
         try:
             for words in arguments:
-                pending.add(self._submit(task, words, stage))
+                pending.add(self._submit(_perform_in_worker, task, words, stage))
                 if len(pending) >= _TASKS_PER_PROCESS * len(self._names):
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
@@ -175,11 +179,11 @@ class LocalProcesses:
                 f"goes on{where}"
             ) from None
 
-    def _submit(self, task: Task, words: tuple[Any, ...], stage: Stage) -> Future[Work]:
-        """Submit a task; a process started for it inherits that Ctrl-C, which ends them all, is for the parent."""
+    def _submit(self, function: Callable[..., _T], *words: Any) -> Future[_T]:
+        """Have a worker call it; a process started for it inherits that Ctrl-C, which ends them all, is for the parent."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return self._pool.submit(_perform_in_worker, task, words, stage)  # type: ignore[union-attr]
+            return self._pool.submit(function, *words)  # type: ignore[union-attr]
         except OSError as error:
             if error.errno is None:  # "handle is closed": the pool is just finding out that it is broken
                 raise BrokenProcessPool from error
@@ -209,7 +213,8 @@ def _set_up_worker(
         _worker_name = names[num_started.value]
         num_started.value += 1
     try:
-        _open_log(log_folder, _worker_name)
+        _close_log(None)  # the parent's
+        _begin(log_folder, _worker_name)
         set_up(*settings)
     except Exception as error:  # the pool would only say that it is broken: the first task tells why
         _worker_failure = error
@@ -310,7 +315,7 @@ class MPIProcesses:
             self._watcher.stdin.write(f"{log_folder}\n")  # type: ignore[union-attr]
             self._watcher.stdin.flush()  # type: ignore[union-attr]
             self.on_main(lambda: log_folder.mkdir(parents=True, exist_ok=True))
-        _open_log(log_folder, self._name)
+        _begin(log_folder, self._name)
         set_up(*settings)
 
     def on_main(self, decide: Callable[[], _T]) -> _T:

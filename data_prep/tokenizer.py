@@ -76,6 +76,10 @@ class Tokenizer(ABC):
         One call for many documents is faster: millions of characters are many.
         """
 
+    def forget_words(self) -> None:
+        """Let go of what is remembered for encoding faster."""
+        return
+
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `encode`, and which characters of the text each stands for, from the first to behind the last."""
@@ -160,6 +164,9 @@ class SentencePiece(Tokenizer):
         ids, num_ids = self._encode_each(list(chain.from_iterable(documents)))
         lines_before = np.cumsum([0, *map(len, documents)])
         return ids, np.diff(np.concatenate([[0], np.cumsum(num_ids)])[lines_before])
+
+    def forget_words(self) -> None:
+        self._ids_of_words.forget()
 
     def _encode_each(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the texts one behind the other, and how many of each."""

@@ -28,7 +28,14 @@ class IdsOfWords:
     def __init__(self, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]) -> None:
         """`encode`: of each word the ids, one behind the other, and how many of each."""
         self._encode = encode
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the table and its memory."""
         self._num_words, self._capacity = 0, -1
+        self._keys, self._numbers = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int32)
+        self._content, self._ids = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.int32)
+        self._edges, self._id_edges = (np.empty(0, dtype=np.int64) for _ in range(2))
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts one behind the other, int32, and how many of each."""
@@ -63,14 +70,15 @@ class IdsOfWords:
         return self._capacity >= num_bytes
 
     def _begin_anew(self, num_bytes: int) -> None:
-        self._capacity = max(num_bytes, self._capacity, _LEAST_ROOM_BYTES)
+        capacity = max(num_bytes, self._capacity, _LEAST_ROOM_BYTES)
+        self.forget()  # first: there is not room for two
+        self._capacity = capacity
         num_words = _REMEMBERED_WORDS + self._capacity // 2 + 2
         num_slots = 1 << (num_words + num_words // 2).bit_length()  # a third to two thirds of them in use
         self._keys, self._numbers = np.zeros(num_slots, dtype=np.uint64), np.zeros(num_slots, dtype=np.int32)
         self._content = np.empty(_REMEMBERED_BYTES + self._capacity, dtype=np.uint8)
         self._edges, self._id_edges = (np.zeros(num_words + 1, dtype=np.int64) for _ in range(2))
         self._ids = np.empty(1 << 16, dtype=np.int32)
-        self._num_words = 0
 
     def _encode_from(self, first: int) -> None:
         stop = self._num_words

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -51,19 +50,19 @@ def draw(
     return [tuple(places[name].tolist() for name in ("position", "turn", "shown")) for places in of_samples]  # type: ignore[misc]
 
 
-def words_of(seed: int, sample: int, mask_set: int) -> Iterator[int]:
-    """The words of a sample, one by one: SplitMix64 from a word of Philox."""
+def words_of(seed: int, sample: int, mask_set: int) -> Callable[[int], int]:
+    """The words of a sample by their number: SplitMix64 from a word of Philox."""
     key = int(draw_words(seed, Decision.MASKS, sample, 1, 1, variant=mask_set)[0, 0])
-    return (int(word_of(np.uint64(key), index)) for index in count())
+    return lambda index: int(word_of(np.uint64(key), index))
 
 
 def algorithm_1(
-    ids: list[int], words: Iterator[int], attempts: int, tokenizer: Tokenizer
+    ids: list[int], word: Callable[[int], int], attempts: int, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], list[int]]:
-    """Positions, turns and shown ids of one sample from its raw words, used one after the other.
+    """Positions, turns and shown ids of one sample from its raw words.
 
-    The word of an attempt gives its start (upper half), whether it is a block and how long (lower half); behind an attempt
-    that succeeds comes one word for each token of it: what is shown (upper half) and which random id (lower half).
+    The word of an attempt gives its start (upper half) and whether it is a block and how long (lower half); behind those of
+    all attempts, made or not, comes one for each masked token: what is shown (upper half) and which random id (lower half).
     """
     maskable = [position for position, token in enumerate(ids) if token not in tokenizer.special_ids]
     target = max(1, int(0.15 * len(maskable) + 0.5 + 1e-9)) if maskable else 0
@@ -74,16 +73,16 @@ def algorithm_1(
     def mask(block: Sequence[int]) -> None:
         turns.extend([max(turns, default=0) + 1] * len(block))
         for position in block:
+            upper, lower = divmod(word(attempts + len(positions)), 2**32)
             positions.append(position)
-            upper, lower = divmod(next(words), 2**32)
             random_id = int(tokenizer.normal_ids[lower * len(tokenizer.normal_ids) >> 32])
             kept = random_id if upper < 0.9 * 2**32 else ids[position]
             shown.append(tokenizer.mask_id if upper < 0.8 * 2**32 else kept)
 
-    for _ in range(attempts):
+    for attempt in range(attempts):
         if len(positions) == target:
             break
-        upper, lower = divmod(next(words), 2**32)
+        upper, lower = divmod(word(attempt), 2**32)
         start = upper * len(ids) >> 32
         is_block_below = round(0.4 * 2**32)
         length = 2 + lower * 5 // is_block_below if lower < is_block_below else 1
@@ -100,9 +99,9 @@ def assert_is_algorithm_1(
 ) -> None:
     drawn = draw(samples, tokenizer, **key)
     for number, (sample, found) in enumerate(zip(samples, drawn, strict=True), start=key.get("first_sample", 0)):
-        words = words_of(key.get("seed", 0), number, key.get("mask_set", 0))
+        word = words_of(key.get("seed", 0), number, key.get("mask_set", 0))
         allowed = int(num_attempts(np.array(len(found[0])))) if attempts is None else attempts
-        assert found == algorithm_1(sample.tolist(), words, allowed, tokenizer)
+        assert found == algorithm_1(sample.tolist(), word, allowed, tokenizer)
 
 
 @pytest.mark.parametrize("unk_share", [0.0, 0.05, 0.9, 1.0])
@@ -129,6 +128,14 @@ def test_equals_algorithm_1_for_any_key(
         corpus_ids, tokenizer, num_samples=num_samples, max_length=max_length, unk_share=unk_share, seed=seed
     )  # fmt: skip
     assert_is_algorithm_1(samples, tokenizer, seed=seed, first_sample=first_sample, mask_set=mask_set)
+
+
+@pytest.mark.parametrize("length", [6, 63, 64, 65, 128, 129])
+def test_no_block_runs_past_a_text_without_special_tokens(
+    corpus_ids: np.ndarray, tokenizer: Tokenizer, length: int
+) -> None:
+    normal = corpus_ids[np.isin(corpus_ids, tokenizer.normal_ids)].astype(np.uint16)
+    assert_is_algorithm_1(np.split(normal[: 50 * length], 50), tokenizer, seed=length)
 
 
 @pytest.mark.parametrize("attempts", [0, 1, 5, 20])

@@ -333,7 +333,7 @@ class RunningBuild:
         return alive
 
     def workers(self) -> list[int]:
-        return [p for p in self.members() if b"multiprocessing-fork" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        return [member for member in self.members() if member != self.process.pid]
 
     def wait(self) -> list[str]:
         """Lines on stderr, without those of the progress bar."""

@@ -57,3 +57,11 @@ def test_a_word_longer_than_the_table_and_many_words() -> None:
     for _ in range(2):
         assert ids_of_words([" ".join(many)])[1].tolist() == [sum(map(len, many))]
     assert [len(c) for c in calls] == [2, 200_000]
+
+
+def test_forgotten_words_are_encoded_again() -> None:
+    ids_of_words = IdsOfWords(make(calls := []))
+    before = ids_of_words(["a b", "b"])[0].tolist()
+    ids_of_words.forget()
+    assert ids_of_words(["a b", "b"])[0].tolist() == before
+    assert [sorted(words) for words in calls] == [["a", "b"]] * 2
