@@ -24,7 +24,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NORM_ELEMENTS = 1 << 16
-"""Whose norm is taken at once: of many millions torch's sum on CPU is wrong by a thousandth."""
+"""Whose norm is taken at once: of many millions torch's norm on CPU is up to a thousandth too small."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
