@@ -339,12 +339,14 @@ class _PredictionHead(nn.Module):
         self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, label_smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each prediction, and whether it is right, without all their logits at a time."""
-        more = 0 if hidden_TH.is_cuda else few_sizes(len(targets_T)) - len(targets_T)
-        hidden_TH, filled_T = F.pad(hidden_TH, (0, 0, 0, more)), F.pad(targets_T, (0, more))
-        losses, is_correct = cross_entropy_in_chunks(
-            self.transform(hidden_TH), self.decoder.weight, self.bias, filled_T, label_smoothing
+        num_targets = len(targets_T)
+        more = 0 if hidden_TH.is_cuda else few_sizes(num_targets) - num_targets
+        if more:  # not zeros, for which LayerNorm has no gradient
+            hidden_TH = torch.cat([hidden_TH, hidden_TH[-1:].expand(more, -1)])
+        losses_T, is_correct_T = cross_entropy_in_chunks(
+            self.transform(hidden_TH), self.decoder.weight, self.bias, F.pad(targets_T, (0, more)), label_smoothing
         )
-        return losses[: len(targets_T)], is_correct[: len(targets_T)]
+        return losses_T[:num_targets], is_correct_T[:num_targets]
 
 
 class _Transform(_Dense):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pretrain.attention import AttentionBackend, relative_position_bucket
-from pretrain.layout import GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout
+from pretrain.layout import GIVEN, PSEUDO, Layout, Objective, few_sizes, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig, layer_norm, nvidia_apex_folder
 
 CONFIG = PMLMConfig.of_size(
@@ -123,6 +123,31 @@ def test_a_batch_gives_what_its_samples_give() -> None:
     alone = [model(pseudo_masked_layout(batch[[i]], Objective.AE_PAR, mask_id=MASK)) for i in range(6)]
     for name in together._fields:
         torch.testing.assert_close(getattr(together, name), sum(getattr(a, name) for a in alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_rows_that_round_numbers_up_change_no_loss_and_no_gradient(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are there gradients that are not finite: LayerNorm has none for zeros, which biases of zero make of zeros."""
+    torch.manual_seed(0)
+    model = PMLM(CONFIG, "cpu").to(dtype)
+    layout = pseudo_masked_layout(random_batch(9), Objective.AE_PAR, mask_id=MASK)
+    numbers = (len(layout.ids_N), len(layout.predicted_R), 2 * layout.num_targets)
+    assert all(few_sizes(number) > number for number in numbers)
+    results = []
+    for is_rounded in (True, False):
+        if not is_rounded:
+            monkeypatch.setattr("pretrain.model.few_sizes", lambda number: number)
+        model.zero_grad()
+        model.eval()
+        losses = model(layout)
+        (losses.ae_sum + losses.par_sum).backward()
+        results.append([*losses, *(parameter.grad for parameter in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        assert torch.isfinite(found).all()
+        tolerance = {torch.float64: 1e-5, torch.float16: 0.05}[dtype]
+        assert (found - expected).float().norm() <= tolerance * expected.float().norm()
 
 
 @pytest.mark.parametrize("max_distance", [20, 128])
