@@ -28,6 +28,10 @@ def cross_entropy_in_chunks(
     Logits are `hidden_TH` x `weight_VH` transposed + `bias_V`; no more than `chunk_logits` of them exist at a time, or
     those of one prediction. With label smoothing, that share of what is to be predicted is spread evenly over the vocabulary.
     """
+    device = hidden_TH.device.type
+    if torch.is_autocast_enabled(device):  # which does not reach the backward pass below: it would be of other logits
+        dtype = torch.get_autocast_dtype(device)
+        hidden_TH, weight_VH, bias_V = hidden_TH.to(dtype), weight_VH.to(dtype), bias_V.to(dtype)
     losses_T, is_correct_T = _ChunkedCrossEntropy.apply(
         hidden_TH, weight_VH, bias_V, targets_T, label_smoothing, chunk_predictions(len(weight_VH), chunk_logits)
     )

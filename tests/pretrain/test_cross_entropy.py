@@ -45,6 +45,20 @@ def test_chunks_equal_the_plain_way(dtype: torch.dtype, chunk: int, label_smooth
         torch.testing.assert_close(f, g, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32], ids=str)  # LayerNorm's on a CPU and on CUDA
+def test_under_autocast_the_gradient_is_that_of_the_same_logits(hidden_dtype: torch.dtype) -> None:
+    """Weights in fp32, products in bf16, as in fine-tuning with --precision bf16."""
+    *given, targets = made_up(40, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = cross_entropy_in_chunks(given[0].to(hidden_dtype), *given[1:], targets, chunk_logits=350)
+    found = torch.autograd.grad(losses.sum(), given)
+    in_bf16 = [x.detach().bfloat16().requires_grad_() for x in given]
+    expected = torch.autograd.grad(cross_entropy_in_chunks(*in_bf16, targets, chunk_logits=350)[0].sum(), in_bf16)
+    for f, e, x in zip(found, expected, given, strict=True):
+        assert f.dtype == x.dtype == torch.float32
+        assert torch.equal(f, e.float())
+
+
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, bias, targets = made_up(9, torch.float32)
     losses, _ = cross_entropy_in_chunks(hidden * 1e4, weight, bias, targets)
