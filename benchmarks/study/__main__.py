@@ -1,6 +1,6 @@
 """python -m benchmarks.study: does pre-training learn what the paper says, and what is it worth to tasks?
 
-From the text and the labelled data of benchmarks.corpora, a thread a job and --jobs jobs at a time:
+From the text and the labelled data of benchmarks.corpora, --jobs jobs at a time, which share the cores:
 
   data      a tokenizer and a data set; what the writing task tests with is left out of the text
   pretrain  the five objectives, AE+PAR without relative position bias, some with two seeds, all on the same samples in the same
@@ -146,8 +146,10 @@ class Study:
         if not left:
             return
         failures: list[str] = []
+        num_at_once = min(self._num_jobs, len(left))
+        threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // num_at_once)), "DS_ACCELERATOR": "cpu"}
         with (
-            ThreadPoolExecutor(self._num_jobs) as pool,
+            ThreadPoolExecutor(num_at_once) as pool,
             progress_bar(description, len(jobs), "job", initial=len(jobs) - len(left)) as bar,
         ):
 
@@ -155,7 +157,7 @@ class Study:
                 if not failures:
                     bar.set_postfix_str(job.name)
                     try:
-                        self._do_one(job)
+                        self._do_one(job, threads)
                     except ValueError as error:
                         failures.append(str(error))
                     bar.update()
@@ -164,11 +166,10 @@ class Study:
         if failures:
             raise ValueError("; ".join(failures))
 
-    def _do_one(self, job: Job) -> None:
+    def _do_one(self, job: Job, threads: dict[str, str]) -> None:
         log = self._output / "logs" / f"{job.name}.log"
         log.parent.mkdir(exist_ok=True)
         job.folder.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // self._num_jobs)), "DS_ACCELERATOR": "cpu"}
         seconds = []
         for command in job.commands:
             with log.open("ab") as file:

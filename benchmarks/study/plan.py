@@ -77,8 +77,8 @@ TASKS: tuple[Task, ...] = (
         {**_BASICS, "learning_rate": 5e-4, "epochs": 4},
     ),
     Writing(
-        WRITING, "a package's description: its synopsis", Sizes(4000, 300, 500),
-        {**_BASICS, "learning_rate": 5e-4, "epochs": 6}, Seq2SeqSettings(160, 32),
+        WRITING, "a package's description: its synopsis", Sizes(26000, 300, 500),
+        {**_BASICS, "learning_rate": 1.5e-3, "epochs": 4, "precision": "bf16"}, Seq2SeqSettings(160, 32),
     ),
 )  # fmt: skip
 FINETUNING_SEEDS = 3
