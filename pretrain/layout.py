@@ -49,12 +49,11 @@ from data_prep.shards import SampleBatch
 CONTEXT, GIVEN, PSEUDO = 0, 1, 2
 PADDING_TURN = -1
 SOURCE_SEGMENT, TARGET_SEGMENT = 0, 1
-_SIZES_OF_OCTAVE = 16
 
 
 def few_sizes(number: int) -> int:
-    """The next of numbers that lie a sixteenth apart or less: what is rounded up to them has few different shapes."""
-    step = max(1, (1 << (number - 1).bit_length()) // _SIZES_OF_OCTAVE // 2) if number else 1
+    """The next of numbers that lie a sixteenth apart or less, so that shapes repeat: from 2^n to 2^(n + 1), 16 of them."""
+    step = max(1, 1 << (max(number, 1) - 1).bit_length() >> 5)
     return -(-number // step) * step
 
 

@@ -180,6 +180,11 @@ def nvidia_apex_folder() -> Path | None:
     return None
 
 
+def _num_rows(number: int, operand: torch.Tensor) -> int:
+    """How many rows products are to have for so many: in 16 bits on a CPU oneDNN compiles code for each new number."""
+    return few_sizes(number) if operand.element_size() == 2 and not operand.is_cuda else number
+
+
 # Below, the modules' and parameters' names are those of the released checkpoints.
 
 
@@ -193,8 +198,9 @@ class _Bert(nn.Module):
         self, layout: Layout, is_predicted_only: bool = False, attention: Attention | None = None
     ) -> torch.Tensor:
         num_rows = len(layout.predicted_R if is_predicted_only else layout.ids_N)
-        if attention is None and not layout.ids_N.is_cuda:
-            layout = layout.filled(few_sizes(len(layout.ids_N)), few_sizes(len(layout.predicted_R)))
+        if attention is None:
+            weight = self.embeddings.word_embeddings.weight
+            layout = layout.filled(_num_rows(len(layout.ids_N), weight), _num_rows(len(layout.predicted_R), weight))
         hidden: torch.Tensor = self.encoder(self.embeddings(layout), layout, is_predicted_only, attention)
         return hidden[:num_rows]
 
@@ -340,7 +346,7 @@ class _PredictionHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each prediction, and whether it is right, without all their logits at a time."""
         num_targets = len(targets_T)
-        more = 0 if hidden_TH.is_cuda else few_sizes(num_targets) - num_targets
+        more = _num_rows(num_targets, hidden_TH) - num_targets
         if more:  # not zeros, for which LayerNorm has no gradient
             hidden_TH = torch.cat([hidden_TH, hidden_TH[-1:].expand(more, -1)])
         losses_T, is_correct_T = cross_entropy_in_chunks(

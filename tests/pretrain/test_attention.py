@@ -160,7 +160,7 @@ def test_cpu_never_holds_more_scores_than_a_sample_or_a_bounded_group_has_nor_bo
 def test_few_shapes_reach_the_products_whatever_the_lengths() -> None:
     """In 16 bits oneDNN compiles code for each, and remembers 1,024."""
     config = PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, max_positions=128)
-    model = PMLM(config, "cpu")
+    model = PMLM(config, "cpu").bfloat16()
     with Products() as products:
         for seed in range(60):
             batch = random_batch(16, max_length=128, min_length=11, seed=seed)

@@ -17,6 +17,7 @@ from pretrain.layout import (
     Layout,
     Objective,
     encoder_layout,
+    few_sizes,
     pseudo_masked_layout,
     seq2seq_layout,
     visible,
@@ -247,3 +248,10 @@ def test_sources_and_targets_that_do_not_fit_together_make_no_layout(
 ) -> None:
     with pytest.raises(ValueError, match="expected"):
         seq2seq_layout(sources, targets, mask_id=MASK, **more)
+
+
+def test_numbers_are_rounded_up_to_few_sizes() -> None:
+    rounded = [few_sizes(number) for number in range(4097)]
+    assert all(number <= size <= number * 17 / 16 for number, size in enumerate(rounded))
+    assert [few_sizes(size) for size in rounded] == rounded
+    assert len(set(rounded[1025:2049])) == len(set(rounded[2049:4097])) == 16

@@ -125,7 +125,7 @@ def test_a_batch_gives_what_its_samples_give() -> None:
         torch.testing.assert_close(getattr(together, name), sum(getattr(a, name) for a in alone), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_that_round_numbers_up_change_no_loss_and_no_gradient(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,8 +146,9 @@ def test_rows_that_round_numbers_up_change_no_loss_and_no_gradient(
         results.append([*losses, *(parameter.grad for parameter in model.parameters())])
     for found, expected in zip(*results, strict=True):
         assert torch.isfinite(found).all()
-        tolerance = {torch.float64: 1e-5, torch.float16: 0.05}[dtype]
-        assert (found - expected).float().norm() <= tolerance * expected.float().norm()
+        assert (found - expected).float().norm() <= {torch.bfloat16: 0.05, torch.float16: 0.01}[
+            dtype
+        ] * expected.float().norm()
 
 
 @pytest.mark.parametrize("max_distance", [20, 128])
