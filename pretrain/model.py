@@ -182,7 +182,8 @@ def nvidia_apex_folder() -> Path | None:
 
 def _num_rows(number: int, operand: torch.Tensor) -> int:
     """How many rows products are to have for so many: in 16 bits on a CPU oneDNN compiles code for each new number."""
-    return few_sizes(number) if operand.element_size() == 2 and not operand.is_cuda else number
+    is_16_bit = operand.element_size() == 2 or torch.is_autocast_enabled("cpu")
+    return few_sizes(number) if is_16_bit and not operand.is_cuda else number
 
 
 # Below, the modules' and parameters' names are those of the released checkpoints.

@@ -157,14 +157,16 @@ def test_cpu_never_holds_more_scores_than_a_sample_or_a_bounded_group_has_nor_bo
     assert largest.num_bools <= max(of_a_sample, (1 << 18) // 16)
 
 
-def test_few_shapes_reach_the_products_whatever_the_lengths() -> None:
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_few_shapes_reach_the_products_whatever_the_lengths(is_autocast: bool) -> None:
     """In 16 bits oneDNN compiles code for each, and remembers 1,024."""
     config = PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, max_positions=128)
-    model = PMLM(config, "cpu").bfloat16()
+    model = PMLM(config, "cpu").to(torch.float32 if is_autocast else torch.bfloat16)
     with Products() as products:
         for seed in range(60):
             batch = random_batch(16, max_length=128, min_length=11, seed=seed)
-            losses = model(pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=MASK))
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+                losses = model(pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=MASK))
             (losses.ae_sum + losses.par_sum).backward()
     assert len(products.shapes) < 850
 
