@@ -19,7 +19,7 @@ import torch
 from models import stored, tiny_model
 from ranks import Ranks
 from safetensors.torch import load_file
-from support import REPOSITORY
+from support import REPOSITORY, free_port, run_command
 from torch.nn import functional as F
 
 from data_prep.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -452,6 +452,25 @@ def test_an_interrupted_training_goes_on_to_the_bit(
     expected = load_file(copied / "model" / "model.safetensors")
     found = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_launchers_train_what_one_process_does(copying: Path, command: Command, tmp_path: Path) -> None:
+    """torchrun, and DeepSpeed's launcher with ZeRO-2: the same weights but for the rounding of sums."""
+    few = ("--epochs", 12, "--eval_steps", 12, "--micro_batch_size", 4, "--learning_rate", 1e-3)
+    assert command(*copy_words(copying, tmp_path / "one", *few))[0] == 0
+    expected = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for name, launcher, more in (
+        ("torchrun", ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"], ()),
+        ("deepspeed", ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"], ("--deepspeed_config", "ds_configs/zero2_finetune.json")),
+    ):  # fmt: skip
+        done = run_command(
+            [*launcher, "finetune.seq2seq", *map(str, copy_words(copying, tmp_path / name, *few, *more))]
+        )
+        assert done.returncode == 0, done.stderr
+        found = load_file(tmp_path / name / "model" / "model.safetensors")
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=2e-4)
 
 
 def test_what_is_cut_is_told(copying: Path, command: Command, tmp_path: Path) -> None:
