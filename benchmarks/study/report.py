@@ -152,11 +152,9 @@ def _draw_tasks(path: Path, arms: Sequence[Arm], tasks: Sequence[Task], scores: 
         axes.barh(range(len(means)), means, xerr=deviations, color="#4477aa", ecolor="#222222", height=0.6)
         axes.set_yticks(range(len(means)), [*by_kind])
         axes.invert_yaxis()
-        for name, found in floors[task.name].items():
-            axes.axvline(found[task.metric], color="#cc6677", linewidth=1, linestyle=":")
-            axes.text(found[task.metric], len(means) - 0.45, name, fontsize=7, color="#cc6677", rotation=20, va="top")
-        lowest = min([*means, *(found[task.metric] for found in floors[task.name].values()), 100.0])
-        axes.set_xlim(left=max(0.0, lowest - 0.15 * (100 - lowest)))
+        for (name, found), style in zip(floors[task.name].items(), (":", "--", "-."), strict=False):
+            axes.axvline(found[task.metric], color="#cc6677", linewidth=1.2, linestyle=style, label=name)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axes.set(title=task.name, xlabel=task.metric)
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
