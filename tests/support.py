@@ -29,6 +29,8 @@ TESTS_MARK = "PMLM_TESTS"
 DEEPSPEED_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 RECIPES = [path for path in DEEPSPEED_CONFIGS if "finetune" not in path.name]
 """Those for pre-training."""
+PRECISIONS = {path: "bf16" if path.stem == "zero2_tiny" else "fp16" for path in RECIPES}
+"""What each is trained in."""
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50

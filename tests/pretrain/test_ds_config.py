@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import RECIPES, REPOSITORY, deepspeed_json
+from support import PRECISIONS, RECIPES, REPOSITORY, deepspeed_json
 
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 
@@ -15,7 +15,7 @@ from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 def test_shipped_configurations_are_sound(path: Path) -> None:
     config = DeepSpeedConfig(path)
     assert config.total_steps
-    assert config.precision == "fp16"
+    assert config.precision == PRECISIONS[path]
     assert config.values["zero_optimization"]["stage"] == 2
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from ranks import Ranks
-from support import MASK, RECIPES, REPOSITORY, VOCAB_SIZE, deepspeed_json, random_batch
+from support import MASK, PRECISIONS, RECIPES, REPOSITORY, VOCAB_SIZE, deepspeed_json, random_batch
 
 from data_prep.shards import DataSet
 from pretrain.batches import Share, TrainingBatches
@@ -152,14 +152,14 @@ def test_adam_goes_on_to_the_bit_after_a_resume(two_ranks: Ranks, tmp_path: Path
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) == is_cured
 
 
-PRECISIONS = {
+OTHER_PRECISIONS = {
     "bf16": {"fp16": {"enabled": False}, "bf16": {"enabled": True}}, "fp32": {"fp16": {"enabled": False}},
 }  # fmt: skip
 
 
 def _two_steps_of_each(rank: int, data: Path, out: Path) -> None:
     local = REPOSITORY / "ds_configs" / "zero2_local.json"
-    runs = [(path, {}) for path in RECIPES] + [(local, changes) for changes in PRECISIONS.values()]
+    runs = [(path, {}) for path in RECIPES] + [(local, changes) for changes in OTHER_PRECISIONS.values()]
     found = [_two_steps(rank, config, DataSet(data), changes) for config, changes in runs]
     if rank == 0:
         out.write_text(json.dumps(found))
@@ -195,7 +195,8 @@ def test_every_shipped_configuration_trains_and_the_json_alone_decides_the_preci
     """All that a JSON says is tried but the size of its batch, which is 7680 in the paper's."""
     two_ranks(_two_steps_of_each, data_folder, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    dtypes = ["torch.float16"] * len(RECIPES) + ["torch.bfloat16", "torch.float32"]
+    names = {"fp16": "torch.float16", "bf16": "torch.bfloat16", "fp32": "torch.float32"}
+    dtypes = [names[precision] for precision in (*PRECISIONS.values(), *OTHER_PRECISIONS)]
     assert found == [
         {"is_finite": True, "steps": 2, "skipped_steps": 0, "dtypes": [dtype], "has_moments": True} for dtype in dtypes
     ]
