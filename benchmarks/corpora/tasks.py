@@ -38,6 +38,11 @@ _NOUN_CLASSES = (
     "possession", "process", "quantity", "relation", "shape", "state", "substance", "time",
 )  # fmt: skip
 _FIRST_NOUN_CLASS = 3
+_ASKED_FIELDS = (
+    "act", "animal", "artifact", "body", "communication", "food", "group", "location", "person", "plant", "state", "substance",
+)  # fmt: skip
+_ASKED_WORDS = range(4, 16)
+_GLOSSES_A_PASSAGE, _ASKED = 4, 2
 
 
 def split_of(text: str) -> str:
@@ -231,17 +236,26 @@ def _quac_questions(row: dict[str, str]) -> Iterator[tuple[str, str, str]]:
 
 
 def wordnet_qa(shelf: Shelf) -> Paragraphs:
-    """Six glosses as a passage, and the question what a word means, whose gloss may be missing."""
+    """Four glosses of nouns as a passage, and the question which of them is of a field of meaning; it may be of none."""
     (nouns,) = shelf.read(WORDNET, r".*/data\.noun").values()
-    synsets = {s.lemma: s for s in read_wordnet(nouns) if 6 <= len(s.gloss.split()) <= 25}
-    shuffled = sorted(synsets.values(), key=lambda s: _hash_of(s.lemma))[:14_000]
-    questions = []
-    for at in range(0, len(shuffled), 7):
-        *told, missing = shuffled[at : at + 7]
-        passage = " ".join(f"{s.lemma} means {s.gloss}." for s in told)
-        questions += [(passage, f"What does {s.lemma} mean?", s.gloss) for s in told[at % 2 :: 2]]
-        questions.append((passage, f"What does {missing.lemma} mean?", ""))
-    return _squad(questions)
+    glosses: dict[str, set[str]] = {field: set() for field in _ASKED_FIELDS}
+    for synset in read_wordnet(nouns):
+        field = _NOUN_CLASSES[synset.file_number - _FIRST_NOUN_CLASS]
+        if field in glosses and len(synset.gloss.split()) in _ASKED_WORDS:
+            glosses[field].add(synset.gloss)
+    left = {field: sorted(found, key=_hash_of) for field, found in glosses.items()}
+    questions: list[tuple[str, str, str]] = []
+    while True:
+        number = len(questions)
+        *told, missing = sorted(_ASKED_FIELDS, key=lambda field: _hash_of(f"{number} {field}"))[
+            : _GLOSSES_A_PASSAGE + 1
+        ]
+        if not all(left[field] for field in told):
+            return _squad(questions)
+        answers = {field: left[field].pop() for field in told}
+        passage = " ".join(f"{answers[field]}." for field in sorted(told, key=answers.__getitem__))
+        asked = [*told[:_ASKED], missing]
+        questions += [(passage, f"Which is a kind of {field}?", answers.get(field, "")) for field in asked]
 
 
 def _squad(questions: Iterable[tuple[str, str, str]]) -> Paragraphs:

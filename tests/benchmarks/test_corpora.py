@@ -43,6 +43,7 @@ from benchmarks.corpora.packages import Debian, Pip, Shelf, read_archive
 from benchmarks.corpora.registry import ENTRIES, Kind
 from benchmarks.corpora.tasks import find_answer, split_of
 from benchmarks.corpora.tasks import quac as quac_entry
+from benchmarks.corpora.tasks import wordnet_qa as wordnet_qa_entry
 from data_prep.console import progress_bar
 
 
@@ -416,6 +417,45 @@ def test_quac_takes_the_first_answer_of_several() -> None:
     when, why = paragraph["qas"]
     assert when["answers"] == [{"text": "In May 1983", "answer_start": 0}]
     assert (why["answers"], why["is_impossible"]) == ([], True)
+
+
+def test_wordnet_qa_asks_for_a_field_that_one_gloss_or_none_is_of() -> None:
+    fields = {
+        4: "act",
+        5: "animal",
+        6: "artifact",
+        8: "body",
+        10: "communication",
+        13: "food",
+        14: "group",
+        15: "location",
+    }
+    fields |= {18: "person", 20: "plant", 26: "state", 27: "substance"}
+    lines = [
+        f"{10 * number + i:08} {number:02} n 01 word{i} 0 000 @ | the gloss number {i} of {name}"
+        for number, name in fields.items()
+        for i in range(20)
+    ]
+    lines.append("00000001 09 n 01 idea 0 000 @ | a gloss of a field that is not asked for")
+    splits = wordnet_qa_entry(FakeShelf({"data.noun": "\n".join(lines).encode()}))
+    passages = [passage for passages in splits.values() for passage in passages]
+    told: list[str] = []
+    for passage in passages:
+        glosses = [gloss.strip() for gloss in passage["context"].split(".")[:-1]]
+        names = [gloss.split()[-1] for gloss in glosses]
+        assert len(set(names)) == 4
+        assert set(names) <= set(fields.values())
+        told += glosses
+        *found, missing = passage["qas"]
+        assert missing["is_impossible"]
+        assert missing["question"].removeprefix("Which is a kind of ").rstrip("?") not in names
+        assert len({question["question"] for question in found}) == 2
+        for question in found:
+            (answer,) = question["answers"]
+            assert answer["text"] in glosses
+            assert question["question"] == f"Which is a kind of {answer['text'].split()[-1]}?"
+    assert len(told) == len(set(told))
+    assert len(passages) > 30
 
 
 def test_made_twice_is_the_same_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
