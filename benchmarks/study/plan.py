@@ -73,12 +73,13 @@ TASKS: tuple[Task, ...] = (
         {**_BASICS, "learning_rate": 5e-4, "epochs": 4}, ColumnSettings("text_a", "text_b"),
     ),
     QuestionAnswering(
-        "wordnet-qa", "what a word means, among six glosses, or that none tells", Sizes(1000, 94, 100),
-        {**_BASICS, "learning_rate": 5e-4, "epochs": 4},
+        "wordnet-qa", "which of four glosses is of a field of meaning, or that none is", Sizes(3604, 200, 191),
+        {**_BASICS, "learning_rate": 1e-3, "epochs": 3, "precision": "bf16"}, max_length_tokens=MAX_LENGTH_TOKENS,
     ),
     Writing(
-        WRITING, "a package's description: its synopsis", Sizes(26000, 300, 500),
-        {**_BASICS, "learning_rate": 1.5e-3, "epochs": 4, "precision": "bf16"}, Seq2SeqSettings(160, 32),
+        WRITING, "a package's description: its synopsis", Sizes(25975, 300, 500),
+        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1.5e-3, "epochs": 1, "precision": "bf16"},
+        Seq2SeqSettings(96, 32),
     ),
 )  # fmt: skip
 FINETUNING_SEEDS = 3
