@@ -178,16 +178,16 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
         samples = assemble(texts["train"], seed=0, first_sample=0, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id)
         draw_mask_sets(samples, tokenizer, parameters, 0)
     units = plan_units(sources)
-    encode = tokenizer.encode_documents
+    encode = tokenizer.encode_texts
 
-    def timed_encode(documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    def timed_encode(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         with timed("encode"):
-            return encode(documents)
+            return encode(texts)
 
     def read(unit: Unit) -> Iterator[Document]:
         return cleaned(read_unit(sources, unit), NO_CLEANING, Counter())
 
-    tokenizer.encode_documents = timed_encode  # type: ignore[method-assign]
+    tokenizer.encode_texts = timed_encode  # type: ignore[method-assign]
     waiting: list[Texts] = []
     with _bar("stages", len(units)) as bar:
         for index, unit in enumerate(units):

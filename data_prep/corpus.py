@@ -86,9 +86,19 @@ class Document:
     """`hash` of the document that this one is a rest of."""
 
     @property
+    def utf8(self) -> bytes:
+        """The lines, with a line break between two; made once."""
+        kept: bytes | None = self.__dict__.get(
+            "_utf8"
+        )  # functools.cached_property takes a lock, which costs more than this
+        if kept is None:
+            kept = self.__dict__["_utf8"] = "\n".join(self.lines).encode()
+        return kept
+
+    @property
     def hash(self) -> int:
         """64 bits of the whole text's BLAKE2b: decides train or validation, whatever the file order."""
-        return hash_text("\n".join(self.lines)) if self.whole_hash is None else self.whole_hash
+        return hash_of(self.utf8) if self.whole_hash is None else self.whole_hash
 
     @property
     def text(self) -> str:
@@ -112,22 +122,18 @@ class Document:
         return Document(tuple(chain.from_iterable(kept)), whole_hash=self.hash)
 
 
-def text_bytes(documents: Sequence[Document]) -> int:
-    """Bytes of the documents' texts in UTF-8, their line ends included."""
-    lines = [line for document in documents for line in document.lines]
-    return len("".join(lines).encode()) + len(lines) - len(documents)
-
-
-def hash_text(text: str) -> int:
+def hash_of(text: bytes) -> int:
     """64 bits of the text's BLAKE2b."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def make_document(lines: Iterable[str]) -> Document:
     """The document of raw lines; without any text it has no lines."""
-    stripped = [line.strip() for line in lines]
+    stripped = [*map(str.strip, lines)]
+    if "" not in stripped:
+        return Document(tuple(stripped))
     kept = tuple(filter(None, stripped))
-    blank = [number for number, line in enumerate(stripped) if not line] if len(kept) < len(stripped) else []
+    blank = [number for number, line in enumerate(stripped) if not line]
     starts = {number - blanks_before for blanks_before, number in enumerate(blank)} - {0, len(kept)}
     return Document(kept, tuple(sorted(starts)))
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.corpus import Document, ParagraphPer, hash_text
+from data_prep.corpus import Document, ParagraphPer, hash_of
 from data_prep.files import read_json, write_json, write_whole
 from data_prep.processes import Processes, Task
 from data_prep.progress import Stage, Work
@@ -147,7 +147,7 @@ class _PartHashes:
             for number, lines in enumerate(document.paragraphs(self._settings.paragraph_per)):
                 text = "\n".join(lines)
                 if len(text) >= self._settings.min_duplicate_characters:
-                    self._add("duplicate_paragraphs", hash_text(text), number)
+                    self._add("duplicate_paragraphs", hash_of(text.encode()), number)
         self.num_documents += 1
 
     def _add(self, kind: Kind, hash: int, paragraph: int = 0) -> None:

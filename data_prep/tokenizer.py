@@ -67,13 +67,13 @@ class Tokenizer(ABC):
 
     def encode(self, lines: Sequence[str]) -> np.ndarray:
         """Token ids of the lines one behind the other, int32 [num_tokens]; without special tokens."""
-        return self.encode_documents([lines])[0]
+        return self.encode_texts(["\n".join(lines).encode()])[0]
 
     @abstractmethod
-    def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the lines of all documents one behind the other, as of `encode`, and how many of each document.
+    def encode_texts(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of the lines of all texts, in UTF-8, one behind the other, as of `encode`, and how many of each text.
 
-        One call for many documents is faster: millions of characters are many.
+        One call for many texts is faster: millions of characters are many.
         """
 
     def forget_words(self) -> None:
@@ -158,11 +158,12 @@ class SentencePiece(Tokenizer):
         token_id = int(self._model.piece_to_id(piece))
         return token_id if self._model.is_control(token_id) else None
 
-    def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_texts(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         if self.is_by_word:
-            return self._ids_of_words([" ".join(lines) for lines in documents])
-        ids, num_ids = self._encode_each(list(chain.from_iterable(documents)))
-        lines_before = np.cumsum([0, *map(len, documents)])
+            return self._ids_of_words(texts)
+        lines_of_texts = [text.decode().split("\n") for text in texts]
+        ids, num_ids = self._encode_each(list(chain.from_iterable(lines_of_texts)))
+        lines_before = np.cumsum([0, *map(len, lines_of_texts)])
         return ids, np.diff(np.concatenate([[0], np.cumsum(num_ids)])[lines_before])
 
     def forget_words(self) -> None:
@@ -259,9 +260,10 @@ class WordPiece(Tokenizer):
         self._set_ids(special_id, is_text, _REMEDY_JSON)
         self._not_decoded = set(self.special_ids.tolist()) - {self.unk_id}
 
-    def encode_documents(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_texts(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         encoded = [
-            [i for line in lines for i in self._model.encode(line, add_special_tokens=False).ids] for lines in documents
+            [i for line in text.decode().split("\n") for i in self._model.encode(line, add_special_tokens=False).ids]
+            for text in texts
         ]
         return np.fromiter(chain.from_iterable(encoded), dtype=np.int32), np.array([*map(len, encoded)], dtype=np.int64)
 

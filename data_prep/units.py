@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.corpus import Document, text_bytes
+from data_prep.corpus import Document
 from data_prep.files import read_json, write_json, write_whole
 from data_prep.packing import MIN_DOCUMENT_TOKENS, Texts, cut_into_texts
 from data_prep.parameters import BuildParameters
@@ -23,7 +23,7 @@ from data_prep.shards import SPLITS, Split, token_dtype
 from data_prep.tokenizer import Tokenizer
 
 _LENGTH = "documents_of_tokens_"
-_GROUP_CHARACTERS = 2**20  # encoded in one call
+_GROUP_BYTES = 2**20  # encoded in one call
 
 
 def tokenize(
@@ -31,16 +31,14 @@ def tokenize(
 ) -> tuple[dict[Split, Texts], Counter[str]]:
     """The documents as texts that fit a sample, and counts of what became of them."""
     token = token_dtype(tokenizer.vocab_size)
-    ids, num_ids, hashes = [np.zeros(0, token)], [np.zeros(0, np.int64)], []
+    ids, num_ids, hashes, sizes = [np.zeros(0, token)], [np.zeros(0, np.int64)], [], []
     counts: Counter[str] = Counter()
     for group in _groups(documents):
-        group_ids, group_num_ids = tokenizer.encode_documents([document.lines for document in group])
+        group_ids, group_num_ids = tokenizer.encode_texts([document.utf8 for document in group])
         ids.append(group_ids.astype(token))
         num_ids.append(group_num_ids)
         hashes += [document.hash for document in group]
-        counts["text_bytes"] += text_bytes(group)
-        for short in np.flatnonzero(group_num_ids < MIN_DOCUMENT_TOKENS):
-            counts["text_bytes"] -= text_bytes([group[short]])
+        sizes += [len(document.utf8) for document in group]
     ids_N, num_ids_D, hash_D = np.concatenate(ids), np.concatenate(num_ids), np.array(hashes, dtype=np.uint64)
     is_long_D = num_ids_D >= MIN_DOCUMENT_TOKENS
     is_held_out_D = hash_D < np.uint64(ceil(parameters.validation_fraction * 2**64))
@@ -54,6 +52,7 @@ def tokenize(
         texts[split] = Texts(ids_N[np.repeat(is_chosen_D, num_ids_D)], num_ids_B)
         counts[split], counts[f"{split}_samples"] = int(np.count_nonzero(is_chosen_D)), len(num_ids_B)
     counts["too_short"] = int(np.count_nonzero(~is_long_D))
+    counts["text_bytes"] = int(np.array(sizes, dtype=np.int64)[is_long_D].sum())
     counts["text_tokens"] = int(num_ids_D[is_long_D].sum())
     for length, count in zip(*np.unique(num_ids_D[is_long_D], return_counts=True), strict=True):
         counts[f"{_LENGTH}{length - length % bin_width(int(length))}"] += int(count)
@@ -62,13 +61,13 @@ def tokenize(
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
     group: list[Document] = []
-    num_characters = 0
+    num_bytes = 0
     for document in documents:
         group.append(document)
-        num_characters += document.num_characters
-        if num_characters >= _GROUP_CHARACTERS:
+        num_bytes += len(document.utf8)
+        if num_bytes >= _GROUP_BYTES:
             yield group
-            group, num_characters = [], 0
+            group, num_bytes = [], 0
     if group:
         yield group
 

@@ -23,7 +23,7 @@ _LONG = np.uint64(0xFF << 8 * _SHORT_BYTES)
 
 
 class IdsOfWords:
-    """Ids of texts as those of what stands between their spaces."""
+    """Ids of texts as those of what stands between their spaces and line ends."""
 
     def __init__(self, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]) -> None:
         """`encode`: of each word the ids, one behind the other, and how many of each."""
@@ -37,12 +37,11 @@ class IdsOfWords:
         self._content, self._ids = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.int32)
         self._edges, self._id_edges = (np.empty(0, dtype=np.int64) for _ in range(2))
 
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts one behind the other, int32, and how many of each."""
-        encoded = [text.encode() for text in texts]
+    def __call__(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, in UTF-8, one behind the other, int32, and how many of each."""
         edges = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum([len(text) for text in encoded], out=edges[1:])
-        content = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        np.cumsum([*map(len, texts)], out=edges[1:])
+        content = np.frombuffer(b"".join(texts).replace(b"\n", b" "), dtype=np.uint8)
         if not self._has_room(len(content)):
             self._begin_anew(len(content))
         numbers = np.empty(len(content) // 2 + len(texts), dtype=np.int32)

@@ -88,7 +88,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], texts_at_once: int = 10
     """Token ids of each text."""
     found: list[list[int]] = []
     for start in range(0, len(texts), texts_at_once):
-        ids, num_ids = tokenizer.encode_documents([[text] for text in texts[start : start + texts_at_once]])
+        ids, num_ids = tokenizer.encode_texts([text.encode() for text in texts[start : start + texts_at_once]])
         found += [part.tolist() for part in np.split(ids, np.cumsum(num_ids)[:-1])]
     return found
 

@@ -108,19 +108,18 @@ def test_a_lines_ids_are_those_of_its_words_and_of_the_library(kind: Tokenizer, 
 
 def test_real_text(kind: Tokenizer, lines: list[str]) -> None:
     model = library(kind.path)
-    ids, num_ids = kind.encode_documents([[line] for line in lines])
+    ids, num_ids = kind.encode_texts([line.encode() for line in lines])
     assert ids.dtype == np.int32
     for line, of_line in zip(lines, np.split(ids, np.cumsum(num_ids)[:-1]), strict=True):
         assert_ids_of_library(of_line.tolist(), model, line)
 
 
 def test_documents_without_lines_and_lines_without_words(kind: Tokenizer) -> None:
-    documents = [[], ["of the"], [""], ["", "  ", "\x01"], ["of", "the"], []]
-    ids, num_ids = kind.encode_documents(documents)
+    ids, num_ids = kind.encode_texts([b"", b"of the", b"\n", b"\n  \n\x01", b"of\nthe", b""])
     of_the = kind.encode(["of the"])
     np.testing.assert_array_equal(ids, np.tile(of_the, 2))
     assert num_ids.tolist() == [0, len(of_the), 0, 0, len(of_the), 0]
-    assert [of.tolist() for of in kind.encode_documents([])] == [[], []]
+    assert [of.tolist() for of in kind.encode_texts([])] == [[], []]
 
 
 def _rules(model: Any, **changes: Any) -> None:
@@ -188,8 +187,7 @@ def test_a_model_for_which_it_is_not_true_gets_whole_lines(tokenizer: Tokenizer,
     path.write_bytes(model.SerializeToString())
     whole = library(path).encode(line)
     assert whole != by_word(library(path), line)
-    documents = [[line, "of"], [], [line]]
-    ids, num_ids = load_tokenizer(path).encode_documents(documents)
+    ids, num_ids = load_tokenizer(path).encode_texts([f"{line}\nof".encode(), b"", line.encode()])
     of = library(path).encode("of")
     assert ids.tolist() == [*whole, *of, *whole]
     assert num_ids.tolist() == [len(whole) + len(of), 0, len(whole)]
