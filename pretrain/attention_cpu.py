@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from pretrain.attention import RelativePositionBias
+from pretrain.cpu_threads import for_each
 from pretrain.dropout import draw_seed, kept_scale, zero_dropped_
 from pretrain.layout import CONTEXT, PADDING_TURN, Layout, visible
 
@@ -308,22 +309,18 @@ class _Attend(torch.autograd.Function):
                 )
                 probabilities_GQK = _probabilities(queries_XD, keys_GSD, part)
                 d_probabilities_GQK = d_attended_GQD @ values_GSD[:, :num_keys].mT
-                kept_GQK = probabilities_GQK
                 if rate:
-                    kept_GQK = probabilities_GQK.clone()
-                    for of_dropout in (kept_GQK, d_probabilities_GQK):
-                        zero_dropped_(of_dropout, ctx.seeds[not part.is_context], rate, part.first_random)
-                _add_product(d_values_GSD, kept_GQK.mT, d_attended_GQD, 1.0, is_first)
+                    zero_dropped_(d_probabilities_GQK, ctx.seeds[not part.is_context], rate, part.first_random)
                 d_scores_GQK = torch._softmax_backward_data(d_probabilities_GQK, probabilities_GQK, -1, packed.dtype)
+                if rate:  # only now, as the softmax's gradient takes what was dropped, too
+                    zero_dropped_(probabilities_GQK, ctx.seeds[not part.is_context], rate, part.first_random)
+                _add_product(d_values_GSD, probabilities_GQK.mT, d_attended_GQD, 1.0, is_first)
                 keys_GKD = keys_GSD[:, :num_keys]
                 torch.baddbmm(d_queries_GQD, d_scores_GQK, keys_GKD, beta=0, alpha=scale, out=d_queries_GQD)
                 _add_product(d_keys_GSD, d_scores_GQK.mT, queries_GQD, scale, is_first)
                 is_first = False
                 if d_by_distance_HM is not None:
-                    _sum_by_distance(
-                        d_scores_GQK.to(d_by_distance_HM.dtype).unflatten(0, (-1, num_heads)).numpy(),
-                        part.query_positions_GQ, part.key_positions_GK, part.num_context_keys, d_by_distance_HM.numpy(),
-                    )  # fmt: skip
+                    _add_by_distance(d_scores_GQK.unflatten(0, (-1, num_heads)), part, d_by_distance_HM)
         if queries_RHD is None:
             places_N3H = torch.cat([groups.query_places_RH[:, None], groups.key_places_N2H], dim=1)
             return None, _at(d_vectors_XD, places_N3H), d_by_distance_HM, None, None
@@ -427,21 +424,51 @@ def _look_up(by_distance: np.ndarray, query_positions: np.ndarray, key_positions
                     row[key] = table[zero + positions[key]]
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _sum_by_distance(
-    d_scores: np.ndarray, query_positions: np.ndarray, key_positions: np.ndarray, num_context_keys: int,
-    d_by_distance: np.ndarray,
+def _add_by_distance(d_scores_GHQK: torch.Tensor, part: _Part, d_by_distance_HM: torch.Tensor) -> None:
+    """Add the gradient of `_look_up`."""
+    is_bf16, sums_HM = d_scores_GHQK.dtype == torch.bfloat16, d_by_distance_HM.numpy()
+    # NumPy does not know bf16.
+    d_scores = d_scores_GHQK.view(torch.uint16) if is_bf16 else d_scores_GHQK.to(d_by_distance_HM.dtype)
+    scores_and_places = d_scores.numpy(), part.query_positions_GQ, part.key_positions_GK, part.num_context_keys
+
+    def of_head(head: int) -> None:
+        (_add_sums_of_bf16 if is_bf16 else _add_sums)(*scores_and_places, head, sums_HM[head])
+
+    for_each(of_head, range(len(sums_HM)))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _add_sums(
+    d_scores: np.ndarray, query_positions: np.ndarray, key_positions: np.ndarray, num_context_keys: int, head: int,
+    sums: np.ndarray,
 ) -> None:  # fmt: skip
-    """The gradient of `_look_up`, for the context's keys without asking their positions; that of padding is zero."""
-    farthest = d_by_distance.shape[1] // 2
     for sample in range(d_scores.shape[0]):
-        positions = key_positions[sample]
-        for head in range(d_scores.shape[1]):
-            sums = d_by_distance[head]
-            for query in range(d_scores.shape[2]):
-                row, zero = d_scores[sample, head, query], farthest - query_positions[sample, query]
-                of_context = sums[zero : zero + num_context_keys]
-                for key in range(num_context_keys):
-                    of_context[key] += row[key]
-                for key in range(num_context_keys, len(row)):
-                    sums[zero + positions[key]] += row[key]
+        for query in range(d_scores.shape[2]):
+            row, zero = d_scores[sample, head, query], len(sums) // 2 - query_positions[sample, query]
+            _add_row(row, zero, key_positions[sample], num_context_keys, sums)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _add_sums_of_bf16(
+    bits: np.ndarray, query_positions: np.ndarray, key_positions: np.ndarray, num_context_keys: int, head: int,
+    sums: np.ndarray,
+) -> None:  # fmt: skip
+    """bf16 is the upper half of fp32."""
+    words = np.empty(bits.shape[3], np.uint32)
+    row = words.view(np.float32)
+    for sample in range(bits.shape[0]):
+        for query in range(bits.shape[2]):
+            for key in range(len(words)):
+                words[key] = np.uint32(bits[sample, head, query, key]) << np.uint32(16)
+            zero = len(sums) // 2 - query_positions[sample, query]
+            _add_row(row, zero, key_positions[sample], num_context_keys, sums)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _add_row(row: np.ndarray, zero: int, key_positions: np.ndarray, num_context_keys: int, sums: np.ndarray) -> None:
+    """For the context's keys without asking their positions; the gradient of padding is zero."""
+    of_context = sums[zero : zero + num_context_keys]
+    for key in range(num_context_keys):
+        of_context[key] += row[key]
+    for key in range(num_context_keys, len(row)):
+        sums[zero + key_positions[key]] += row[key]

@@ -8,8 +8,6 @@ On CUDA it is torch's.
 
 from __future__ import annotations
 
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -19,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data_prep.draws import word_of
+from pretrain.cpu_threads import for_each
 
 _BITS = 16  # of each element's random number
 _ELEMENTS_PER_WORD = 64 // _BITS
@@ -64,27 +63,16 @@ def zero_dropped_(x: torch.Tensor, seed: torch.Tensor, rate: float, first: int =
     assert first % _ELEMENTS_PER_WORD == 0
     bits = x.detach().view(_INTEGERS[x.element_size()]).numpy().reshape(-1)
     key, threshold = np.uint64(int(seed)), np.uint16(_threshold(rate))
-    num_threads = torch.get_num_threads()
-    starts = range(0, len(bits), _PIECE_ELEMENTS)
 
     def zero_piece(start: int) -> None:
         word = (first + start) // _ELEMENTS_PER_WORD
         _zero_dropped(bits[start : start + _PIECE_ELEMENTS], key, word, threshold)
 
-    if num_threads == 1 or len(starts) == 1:
-        for start in starts:
-            zero_piece(start)
-    else:
-        list(_threads(num_threads).map(zero_piece, starts))
+    for_each(zero_piece, range(0, len(bits), _PIECE_ELEMENTS))
 
 
 def _threshold(rate: float) -> int:
     return min(round(rate * (1 << _BITS)), (1 << _BITS) - 1)
-
-
-@functools.cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, thread_name_prefix="dropout")
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

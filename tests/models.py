@@ -14,7 +14,7 @@ from pretrain.model import PMLM, PMLMConfig
 def tiny_model(vocab_size: int, **numbers: float) -> PMLM:
     """A model in which every weight matters."""
     config = PMLMConfig.of_size("tiny", vocab_size=vocab_size, **{
-        "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "max_positions": 40, "initializer_range": 0.2,
+        "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "max_positions": 40, "initializer_range": 0.2, "dropout": 0.1,
         "relative_max_distance": 20, **numbers,
     })  # fmt: skip
     torch.manual_seed(3)

@@ -41,7 +41,8 @@ def flags(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     )  # fmt: skip
     return [
         "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(data_folder), "--model", "tiny",
-        "--hidden_size", "32", "--intermediate_size", "64", "--log_every_steps", "1", "--validation_samples", "64",
+        "--hidden_size", "32", "--intermediate_size", "64", "--dropout", "0.1", "--log_every_steps", "1",
+        "--validation_samples", "64",
     ]  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def flags(request: pytest.FixtureRequest, data_folder: Path, tmp_path: Path) -> 
     )
     return [
         "run_pretrain.sh", "--deepspeed_config", str(config), "--data", str(data_folder), "--ranks", "1", "--model",
-        "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--log_every_steps", "1", "--validate_every_steps", "0",
+        "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--dropout", "0.1", "--log_every_steps", "1",
+        "--validate_every_steps", "0",
         "--spike_deviations", "0",
     ]  # fmt: skip
 

@@ -34,7 +34,7 @@ class EndlessRun:
         self.folder = folder / "run"
         self._flags = [
             "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(data), "--run", str(self.folder),
-            "--model", "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--log_every_steps", "1",
+            "--model", "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--dropout", "0.1", "--log_every_steps", "1",
             "--validate_every_steps", "0", "--save_every_steps", "1000",
         ]  # fmt: skip
 

@@ -74,7 +74,7 @@ def classify_folder(sentences: list[tuple[str, str]], tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("classify")
     tokenizer = train_tokenizer([text for _, text in sentences], folder / "tokenizer.model", vocab_size=500)
     config = PMLMConfig.of_size(
-        "tiny", vocab_size=500, hidden_size=48, num_heads=4, intermediate_size=96, max_positions=32
+        "tiny", dropout=0.1, vocab_size=500, hidden_size=48, num_heads=4, intermediate_size=96, max_positions=32
     )
     torch.manual_seed(0)
     weights = {name: parameter.detach() for name, parameter in PMLM(config).named_parameters()}

@@ -55,7 +55,7 @@ def folder(entries: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("answers")
     tokenizer = train_tokenizer([text for entry in entries for text in entry], folder / "t.model", vocab_size=300)
     config = PMLMConfig.of_size(
-        "tiny", vocab_size=300, hidden_size=48, num_heads=4, intermediate_size=96, max_positions=96
+        "tiny", dropout=0.1, vocab_size=300, hidden_size=48, num_heads=4, intermediate_size=96, max_positions=96
     )
     torch.manual_seed(0)
     weights = {name: parameter.detach() for name, parameter in PMLM(config).named_parameters()}

@@ -92,6 +92,20 @@ def test_cpu_equals_the_reference_without_relative_bias() -> None:
             torch.testing.assert_close(found[name], reference[name], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_threads_give_the_same(dtype: torch.dtype) -> None:
+    """Each takes some of the heads of the bias's gradient."""
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for found_by in (1, 3):
+            torch.set_num_threads(found_by)
+            found[found_by] = run("cpu", LAYOUTS["ae+par"], dtype, rate=0.1)
+    finally:
+        torch.set_num_threads(threads)
+    for name in found[1]:
+        torch.testing.assert_close(found[3][name], found[1][name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", [Objective.AE_PAR, Objective.AE])
 def test_cpu_drops_the_probabilities_that_the_reference_drops(objective: Objective) -> None:
     """Where it pads nothing, as padding has random numbers too: 112 tokens, and 32 appended slots or none."""
@@ -160,7 +174,9 @@ def test_cpu_never_holds_more_scores_than_a_sample_or_a_bounded_group_has_nor_bo
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_few_shapes_reach_the_products_whatever_the_lengths(is_autocast: bool) -> None:
     """In 16 bits oneDNN compiles code for each, and remembers 1,024."""
-    config = PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, max_positions=128)
+    config = PMLMConfig.of_size(
+        "tiny", dropout=0.1, vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, max_positions=128
+    )
     model = PMLM(config, "cpu").to(torch.float32 if is_autocast else torch.bfloat16)
     with Products() as products:
         for seed in range(60):

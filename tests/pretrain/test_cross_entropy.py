@@ -75,7 +75,11 @@ def test_nothing_to_predict_has_no_gradient() -> None:
 def test_the_tied_embedding_gets_both_gradients() -> None:
     """Through the whole model, against the same model with the plain output layer."""
     torch.manual_seed(0)
-    model = PMLM(PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=32, max_positions=64)).double().eval()
+    model = (
+        PMLM(PMLMConfig.of_size("tiny", dropout=0.1, vocab_size=VOCAB_SIZE, hidden_size=32, max_positions=64))
+        .double()
+        .eval()
+    )
     layout = pseudo_masked_layout(random_batch(4), Objective.AE_PAR, mask_id=MASK)
     losses = model(layout)
     assert layout.ae_places_T is not None

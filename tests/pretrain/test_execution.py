@@ -77,7 +77,9 @@ def test_computing_activations_again_changes_nothing_but_memory() -> None:
 @pytest.mark.parametrize("objective", [Objective.AE, Objective.AE_PAR])
 def test_batches_of_one_shape_have_the_same_losses(data_set: DataSet, objective: Objective) -> None:
     share = Share(0, 1, 1, 40)
-    model = PMLM(PMLMConfig.of_size("tiny", vocab_size=data_set.tokenizer.vocab_size, max_positions=64)).eval()
+    model = PMLM(
+        PMLMConfig.of_size("tiny", dropout=0.1, vocab_size=data_set.tokenizer.vocab_size, max_positions=64)
+    ).eval()
     short, long = (TrainingBatches(data_set, objective, share, 0, one_shape=o).step(0) for o in (False, True))
     long += [batch.layout for batch in validation_batches(data_set, objective, share, 8, one_shape=True)]
     num_shapes = [

@@ -11,7 +11,7 @@ from pretrain.flops import step_flops
 from pretrain.layout import Objective, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig
 
-CONFIG = PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, max_positions=128)
+CONFIG = PMLMConfig.of_size("tiny", dropout=0.1, vocab_size=VOCAB_SIZE, max_positions=128)
 
 
 @pytest.mark.parametrize("objective", list(Objective))

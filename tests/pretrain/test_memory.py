@@ -57,7 +57,9 @@ def test_a_micro_batch_takes_what_the_formula_says(
 
 @pytest.mark.parametrize("objective", [Objective.AE, Objective.PAR])
 def test_so_it_does_of_one_objective_and_with_more_predictions_than_a_chunk(objective: Objective) -> None:
-    config = PMLMConfig.of_size("tiny", vocab_size=300_000, num_layers=2, hidden_size=16, intermediate_size=64)
+    config = PMLMConfig.of_size(
+        "tiny", dropout=0.1, vocab_size=300_000, num_layers=2, hidden_size=16, intermediate_size=64
+    )
     model = PMLM(config, "cpu").train()
     layout = micro_batch(5, objective)
     expected = passing(config, layout, "fp32", "cpu", is_cuda=False)
@@ -83,7 +85,7 @@ def test_states_are_cut_by_zero_stage() -> None:
 
 
 def test_parameters_are_counted_exactly() -> None:
-    config = PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE)
+    config = PMLMConfig.of_size("tiny", dropout=0.1, vocab_size=VOCAB_SIZE)
     assert num_parameters(config) == sum(parameter.numel() for parameter in PMLM(config).parameters())
     hidden, inner = 768, 3072
     of_layer = 3 * hidden**2 + 2 * hidden + hidden**2 + hidden + 2 * hidden * inner + inner + hidden + 4 * hidden

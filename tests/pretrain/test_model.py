@@ -18,7 +18,7 @@ from pretrain.layout import GIVEN, PSEUDO, Layout, Objective, few_sizes, pseudo_
 from pretrain.model import PMLM, PMLMConfig, layer_norm, nvidia_apex_folder
 
 CONFIG = PMLMConfig.of_size(
-    "tiny", vocab_size=VOCAB_SIZE, hidden_size=32, num_heads=4, intermediate_size=64, num_layers=3, max_positions=64,
+    "tiny", dropout=0.1, vocab_size=VOCAB_SIZE, hidden_size=32, num_heads=4, intermediate_size=64, num_layers=3, max_positions=64,
     initializer_range=0.3, relative_max_distance=20,
 )  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
         "2",
     ]
     plan = plan_of(*flags)
-    config = PMLMConfig.of_size("tiny", vocab_size=500)
+    config = PMLMConfig.of_size("tiny", dropout=0.1, vocab_size=500)
     layout = pseudo_masked_layout(full_samples(8, 64), Objective.AE_PAR, mask_id=4)
     with FlopCounterMode(display=False) as counter:
         losses = PMLM(config, "reference").train()(layout)

@@ -18,7 +18,7 @@ from pretrain.metrics import MEASURED, read_records
 
 pytestmark = pytest.mark.slow
 
-MODEL = ["--model", "tiny", "--hidden_size", "32", "--intermediate_size", "64"]
+MODEL = ["--model", "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--dropout", "0.1"]
 STEPS = 16
 
 
