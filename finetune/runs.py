@@ -43,6 +43,8 @@ class StartSettings:
     """Tokenizer of weights that have none beside them: .model, .json or BERT's vocab.txt."""
     max_length_tokens: int = 128
     """Tokens of an input, special ones included; the position table is repeated where it is shorter."""
+    dropout: float | None = None
+    """On hidden vectors and attention probabilities, and before new layers; by default what the weights were trained with."""
     grid: bool = False
     """Search the paper's grid: batch size 16 and 32, learning rate 5e-6 to 3e-5, warm-up, weight decay, 10 and 15 epochs."""
     seeds: int = 1
@@ -51,6 +53,8 @@ class StartSettings:
     def __post_init__(self) -> None:
         if self.max_length_tokens < 8:
             raise ValueError(f"--max_length_tokens {self.max_length_tokens}: expected at least 8")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout}: expected 0 or more and less than 1")
         if self.seeds < 1:
             raise ValueError(f"--seeds {self.seeds}: expected at least 1")
 
@@ -90,7 +94,9 @@ def say(processes: Processes, *lines: str) -> None:
 
 def load_start(start: StartSettings, processes: Processes) -> Pretrained:
     """The pre-trained model, with its notes told. Raises ValueError or OSError, see load_pretrained."""
-    pretrained = load_pretrained(start.weights, tokenizer=start.tokenizer, max_positions=start.max_length_tokens)
+    pretrained = load_pretrained(
+        start.weights, tokenizer=start.tokenizer, max_positions=start.max_length_tokens, dropout=start.dropout
+    )
     say(processes, *pretrained.notes)
     return pretrained
 
@@ -115,6 +121,7 @@ def train_all(
     `make_task` gets a model of its own each time. Of a grid, only the best model is kept.
     """
     output, runs = start.output, list[dict[str, Any]]()
+    identity = {**identity, "dropout": pretrained.config.dropout}
 
     def train(name: str, chosen: TrainSettings) -> dict[str, Any]:
         model, task = make_task(copy.deepcopy(pretrained), chosen)

@@ -81,12 +81,15 @@ class _Found:
     faults: list[str] = field(default_factory=list)
 
 
-def load_pretrained(path: Path, *, tokenizer: Path | None = None, max_positions: int | None = None) -> Pretrained:
+def load_pretrained(
+    path: Path, *, tokenizer: Path | None = None, max_positions: int | None = None, dropout: float | None = None
+) -> Pretrained:
     """The model in an export, a run's folder, a checkpoint, a run of `finetune.seq2seq`, or a folder or file of UniLM's or
     BERT's weights.
 
     `tokenizer` (a SentencePiece model, a .json of `import-tokenizer`, or a BERT vocab.txt) is for weights that have none
-    beside them. Where `max_positions` is more than the position table has, the table is repeated. Raises ValueError or OSError,
+    beside them. Where `max_positions` is more than the position table has, the table is repeated. `dropout`: instead of the
+    weights' own. Raises ValueError or OSError,
     naming file, tensor, what was found and what was expected.
     """
     stored, notes = read_pretrained(path, tokenizer=tokenizer)
@@ -96,6 +99,8 @@ def load_pretrained(path: Path, *, tokenizer: Path | None = None, max_positions:
             f"{stored.file}: its {stored.config.max_positions} positions are repeated up to {max_positions}",
         )
         stored = _with_positions(stored, max_positions)
+    if dropout is not None:
+        stored = replace(stored, config=replace(stored.config, dropout=dropout))
     has_head = any(name.startswith(HEAD) for name in stored.weights)
     return Pretrained(with_head(stored).load(), stored.tokenizer, has_head, stored.pooler, notes)
 

@@ -32,6 +32,8 @@ from finetune.metrics import classification_metrics, regression_metrics
 from finetune.runs import GRID
 from finetune.tables import read_table
 from finetune.trainer import TrainSettings, learning_rate_factor, parameter_groups
+from pretrain.export import read_export
+from pretrain.metrics import read_records
 
 QUICK = ("--epochs", "4", "--learning_rate", "2e-3", "--batch_size", "16")
 
@@ -145,6 +147,20 @@ def test_an_interrupted_training_goes_on_to_the_bit(
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in steps if r["kind"] == "validation"] == [15, 30, 45, 60]
     assert command(*training(folder, run))[0] == 0  # finished: nothing is done again
+
+
+def test_dropout_is_the_weights_own_or_as_told(trained: Path, folder: Path, command: Command, tmp_path: Path) -> None:
+    own = read_export(folder / "weights").config.dropout
+    assert own == Classifier.load(trained).model.config.dropout == 0.1
+    for rate in ("0", "0.3"):
+        status, _, err = command(*training(folder, tmp_path / rate, "--epochs", 1, "--dropout", rate))
+        assert status == 0, err
+        assert Classifier.load(tmp_path / rate).model.config.dropout == float(rate)
+    first, second = (read_records(tmp_path / rate)[0] for rate in ("0", "0.3"))
+    assert first["loss"] != second["loss"]
+    status, _, err = command(*training(folder, tmp_path / "0", "--epochs", 1))
+    assert status == 2
+    assert "dropout" in err
 
 
 def test_regression_of_pairs_with_seeds_in_bf16(folder: Path, command: Command, tmp_path: Path) -> None:
