@@ -16,8 +16,6 @@ distance, X vectors: one head's of a row or slot.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,6 +31,8 @@ from pretrain.layout import CONTEXT, PADDING_TURN, Layout, visible
 
 _MULTIPLE = 16
 _GROUP_SCORES = 1 << 18
+_CALLS_SCORES = 1 << 16
+"""As long as a group's calls take, whatever is in it, so many scores take to compute."""
 
 
 @dataclass(frozen=True)
@@ -387,20 +387,35 @@ def _bounds(edges: tuple[int, ...], num_context: tuple[int, ...]) -> tuple[tuple
     return (starts_B, middles_B), (middles_B, stops_B)
 
 
-def _alike(keys: tuple[tuple[np.ndarray, np.ndarray], ...], num_heads: int) -> Iterator[np.ndarray]:
-    """The samples of each group."""
-    samples_of_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for sample, (num_context, num_appended) in enumerate(
-        zip(*((stops - starts).tolist() for starts, stops in keys), strict=True)
-    ):
-        samples_of_shape[_rounded(num_context), _rounded(num_appended)].append(sample)
-    for (num_context, num_appended), samples in samples_of_shape.items():
-        scores = num_heads * max(num_context**2, num_appended * (num_context + num_appended))
-        most, start = max(1, _GROUP_SCORES // scores), 0
-        while start < len(samples):
-            size = 1 << (min(len(samples) - start, most).bit_length() - 1)
-            yield np.array(samples[start : start + size])
-            start += size
+def _alike(keys: tuple[tuple[np.ndarray, np.ndarray], ...], num_heads: int) -> list[np.ndarray]:
+    """The samples of each group, so that its calls and the scores of all its samples, which have one shape, cost least.
+
+    Groups are runs of the samples in the order of their lengths; the cheapest way to divide the first n of them into groups
+    is known for each n from those before. A group's size is a power of two, for few shapes.
+    """
+    num_context_B, num_appended_B = (stops - starts for starts, stops in keys)
+    order = np.lexsort((num_appended_B, num_context_B))
+    rounded = [
+        [_rounded(int(number)) for number in of_samples[order]] for of_samples in (num_context_B, num_appended_B)
+    ]
+    costs, sizes = [0], [0]
+    for stop in range(1, len(order) + 1):
+        num_context, num_appended, options = rounded[0][stop - 1], 0, list[tuple[int, int]]()
+        for size in range(1, stop + 1):
+            num_appended = max(num_appended, rounded[1][stop - size])
+            scores = size * num_heads * max(num_context**2, num_appended * (num_context + num_appended))
+            if size > 1 and scores > _GROUP_SCORES:
+                break
+            if size & (size - 1) == 0:
+                of_sample = num_context**2 + num_appended * (num_context + num_appended)
+                options.append((costs[stop - size] + _CALLS_SCORES + size * num_heads * of_sample, size))
+        cost, size = min(options)
+        costs.append(cost)
+        sizes.append(size)
+    stops = [len(order)]
+    while stops[-1]:
+        stops.append(stops[-1] - sizes[stops[-1]])
+    return [order[start:stop] for start, stop in pairwise(reversed(stops))]
 
 
 def _in_a_row(arrays: list[np.ndarray]) -> torch.Tensor:

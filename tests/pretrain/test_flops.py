@@ -49,4 +49,4 @@ def test_samples_of_any_length_cost_little_padding(objective: Objective) -> None
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             PMLM(CONFIG, "cpu")(layout)
         needed = step_flops(CONFIG, layout).needed / 3
-        assert needed < counter.get_total_flops() < 1.1 * needed
+        assert needed < counter.get_total_flops() < 1.15 * needed
