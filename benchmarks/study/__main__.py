@@ -4,7 +4,8 @@ From the text and the labelled data of benchmarks.corpora, --jobs jobs at a time
 
   data      a tokenizer and a data set; what the writing task tests with is left out of the text
   pretrain  the five objectives, AE+PAR without relative position bias, some with two seeds, all on the same samples in the same
-            order; and transformers' BertForMaskedLM on them for as many CPU seconds as AE+PAR took
+            order; and transformers' BertForMaskedLM on them for as many CPU seconds as AE+PAR took,
+            the longer of two seeds
   tasks     each of these models, and one with initial weights, fine-tuned for four tasks, with several seeds
   report    results.json, results.md and figures, of what there is
 
@@ -124,14 +125,16 @@ class Study:
         ))  # fmt: skip
 
     def _pretraining_bert(self) -> Job:
-        run, reference = self._pretrained(plan.BERT), self._pretrained(plan.REFERENCE) / RESULT
-        if not reference.is_file():
+        run = self._pretrained(plan.BERT)
+        results = [self._pretrained(arm) / RESULT for arm in plan.PMLMS if arm.kind == plan.REFERENCE.kind]
+        took = [read_json(result)["cpu_s"][0] for result in results if result.is_file()]
+        if not took:
             raise ValueError(
                 f"{plan.BERT.name} is trained for as long as {plan.REFERENCE.name}, which is not; name both in --only"
             )
         return Job(plan.BERT.name, run, ((
             "-m", "benchmarks.study.bert", "--deepspeed_config", self._config, "--data", self._output / "data", "--output", run,
-            "--cpu_s", read_json(reference)["cpu_s"][0], *plan.MODEL_FLAGS,
+            "--cpu_s", max(took), *plan.MODEL_FLAGS,
         ),))  # fmt: skip
 
     def weights(self, arm: Arm, seed: int) -> Path:
@@ -146,10 +149,10 @@ class Study:
         if not left:
             return
         failures: list[str] = []
-        num_at_once = min(self._num_jobs, len(left))
-        threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // num_at_once)), "DS_ACCELERATOR": "cpu"}
+        # As many threads for a job that is alone, or its CPU seconds would be others.
+        threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // self._num_jobs)), "DS_ACCELERATOR": "cpu"}
         with (
-            ThreadPoolExecutor(num_at_once) as pool,
+            ThreadPoolExecutor(self._num_jobs) as pool,
             progress_bar(description, len(jobs), "job", initial=len(jobs) - len(left)) as bar,
         ):
 
