@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Browser, start_browser
@@ -86,7 +89,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What git would hand out, with the environment that is already there.
 
-    Only the number of training steps is smaller: ds_configs/zero2_local.json is cut down to three.
+    Only the number of training steps is smaller: ds_configs/zero2_local.json and the study's plan are cut down to three. What
+    the study takes from packages is there, made of the sample corpus.
     """
     folder = tmp_path_factory.mktemp("copy")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -99,10 +103,36 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = json.loads(local.read_text())
     values["scheduler"]["params"] |= {"total_num_steps": 3, "warmup_num_steps": 1}
     local.write_text(json.dumps(values))
+    plan = folder / "benchmarks" / "study" / "plan.py"
+    content, num_steps = re.subn("(?m)^TOTAL_STEPS = .*$", "TOTAL_STEPS = 3", plan.read_text())
+    content, num_sizes = re.subn("(?m)^VOCAB_SIZE = .*$", "VOCAB_SIZE = 600", content)
+    assert num_steps == num_sizes == 1
+    plan.write_text(content)
+    _make_corpora(folder / "data" / "corpora")
     (folder / "my_texts").mkdir()
     for chapter in sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("*.txt"))[:40]:
         shutil.copy2(chapter, folder / "my_texts")
     return folder
+
+
+def _make_corpora(output: Path) -> None:
+    """What the README's study needs, as benchmarks.corpora makes it, but of paragraphs of a novel."""
+    from benchmarks.corpora.output import make_entry
+    from benchmarks.corpora.registry import ENTRIES
+    from benchmarks.study.plan import TEXTS, WRITING
+
+    chapters = sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("*.txt"))
+    paragraphs = [line for path in chapters for line in path.read_text("utf-8").splitlines() if len(line.split()) > 8]
+    texts = [" ".join(paragraph.split()[:20]) for paragraph in paragraphs]
+    parts = {"train": texts[:150], "validation": texts[150:180], "test": texts[180:200]}
+    rows: dict[str, Any] = {name: [[p] for p in paragraphs[i :: len(TEXTS)]] for i, name in enumerate(TEXTS)}
+    rows["wordnet-lexname"] = {
+        part: [("act" if "he" in text.split() else "artifact", text) for text in of_part]
+        for part, of_part in parts.items()
+    }
+    rows[WRITING] = {part: [(text, text.split()[0]) for text in of_part] for part, of_part in parts.items()}
+    for name, made in rows.items():
+        make_entry(replace(ENTRIES[name], make=lambda _, made=made: made), output, output)
 
 
 @pytest.fixture(scope="session")

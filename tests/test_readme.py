@@ -51,6 +51,9 @@ def test_every_command_runs(copy: Path) -> None:
     assert list((copy / "runs" / "my_texts" / "checkpoints").glob("step*"))
     assert (copy / "runs" / "pretrain" / "export" / "model.safetensors").exists()
 
+    assert (copy / "runs" / "study" / "pretrain" / "ae_par-0" / "export" / "model.safetensors").exists()
+    assert (copy / "runs" / "glosses" / "summary.json").exists()
+
     assert len([line for line in readme_python().splitlines() if line]) <= 5
     predicted = run_in_shell(f"python -c {shlex.quote(readme_python())}", copy)
     assert re.match(r"\['(austen|bierce)', '(austen|bierce)'\] \[\[", predicted)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.corpora.output import make_all, read_entries
+from benchmarks.corpora.output import left_to_make, make_all, read_entries
 from benchmarks.corpora.packages import update_lists
 from benchmarks.corpora.registry import ENTRIES, Entry
 from data_prep.console import ArgumentParser, progress_bar, run_command
@@ -35,7 +35,7 @@ def _run(args: Any) -> None:
     if args.list:
         _print_list(entries if args.names else list(ENTRIES.values()), as_json=args.json)
         return
-    if args.update:
+    if args.update and left_to_make(entries, args.output):
         update_lists()
     args.output.mkdir(parents=True, exist_ok=True)
     failures = make_all(entries, args.output, args.output / ".cache", _bar)

@@ -110,12 +110,17 @@ def clean_documents(documents: Iterable[Document]) -> Iterator[str]:
             yield text
 
 
+def left_to_make(entries: list[Entry], output: Path) -> list[Entry]:
+    """Those whose files are not there, or not whole."""
+    made = read_entries(output)
+    return [entry for entry in entries if not is_made(output, made.get(entry.name))]
+
+
 def make_all(
     entries: list[Entry], output: Path, cache: Path, bar: Callable[[list[Entry]], Any]
 ) -> dict[str, list[str]]:
     """Make what is not there yet; returns the errors, each with the entries that could not be made for it."""
-    made = read_entries(output)
-    todo = [entry for entry in entries if not is_made(output, made.get(entry.name))]
+    todo = left_to_make(entries, output)
     failures: dict[str, list[str]] = {}
     if not todo:
         return failures

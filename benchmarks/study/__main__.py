@@ -144,13 +144,18 @@ class Study:
         return self._pretrained(arm) if arm == plan.BERT else self._pretrained(arm) / "export"
 
     def _do(self, description: str, jobs: Sequence[Job]) -> None:
-        """Those that are not done, some at a time."""
+        """Those that are not done, some at a time; one at a time shows its own progress."""
         left = [job for job in jobs if not job.is_done]
         if not left:
             return
         failures: list[str] = []
         # As many threads for a job that is alone, or its CPU seconds would be others.
         threads = {"OMP_NUM_THREADS": str(max(1, available_cores() // self._num_jobs)), "DS_ACCELERATOR": "cpu"}
+        if self._num_jobs == 1:
+            for number, job in enumerate(left, start=len(jobs) - len(left) + 1):
+                print(f"{description}, {number} of {len(jobs)}: {job.name}", flush=True)
+                self._do_one(job, threads, is_alone=True)
+            return
         with (
             ThreadPoolExecutor(self._num_jobs) as pool,
             progress_bar(description, len(jobs), "job", initial=len(jobs) - len(left)) as bar,
@@ -169,18 +174,21 @@ class Study:
         if failures:
             raise ValueError("; ".join(failures))
 
-    def _do_one(self, job: Job, threads: dict[str, str]) -> None:
+    def _do_one(self, job: Job, threads: dict[str, str], is_alone: bool = False) -> None:
         log = self._output / "logs" / f"{job.name}.log"
         log.parent.mkdir(exist_ok=True)
         job.folder.mkdir(parents=True, exist_ok=True)
         seconds = []
         for command in job.commands:
             with log.open("ab") as file:
+                to = None if is_alone else file
                 process = subprocess.Popen(
-                    [sys.executable, *map(str, command)], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, **threads}
+                    [sys.executable, *map(str, command)], stdin=subprocess.DEVNULL, stdout=to, stderr=to, env={**os.environ, **threads}
                 )  # fmt: skip
                 _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode and is_alone:
+                raise ValueError(f"{job.name} failed, for the reason above")
             if process.returncode:
                 words = log.read_text(errors="replace").replace("\r", "\n").split("\n")
                 raise ValueError(f"{job.name} failed; {log} ends: {' | '.join([w for w in words if w][-_LAST_LINES:])}")
@@ -212,10 +220,18 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, default=plan.FINETUNING_SEEDS, help="fine-tunings of each model for each task"
     )
-    parser.add_argument("--jobs", type=int, default=available_cores(), help="at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=available_cores(), help="at a time; 1 shows each one's own progress"
+    )
+    parser.add_argument(
+        "--list_corpora", action="store_true", help="print which of benchmarks.corpora this needs, and do nothing"
+    )
     args = parser.parse_args()
 
     def command() -> None:
+        if args.list_corpora:  # the writing task for its targets, which are left out of the text
+            print(*dict.fromkeys((*plan.TEXTS, plan.WRITING, *args.tasks)))
+            return
         study = Study(args.corpora, args.output, args.steps, args.seeds, args.jobs)
         study.run([arms[name] for name in args.only], [tasks[name] for name in args.tasks])
 

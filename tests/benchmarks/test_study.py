@@ -147,13 +147,18 @@ def test_a_small_study(
         Study(corpora, output, total_steps=5, finetuning_seeds=1, num_jobs=2).run(arms, ())
 
 
-def test_a_failed_job_is_told_with_its_log(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_job_is_told_with_its_log(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(plan, "TEXTS", ("titled",))
     monkeypatch.setattr(plan, "TEXT_WITH_TARGETS", "titled")
     monkeypatch.setattr(plan, "WRITING", "titles")
     monkeypatch.setattr(plan, "VOCAB_SIZE", 10**6)
     with pytest.raises(ValueError, match=r"data failed; .*data.log ends: .*vocab_size"):
         Study(corpora, tmp_path / "study", 4, 1, 2).run((), ())
+    with pytest.raises(ValueError, match="data failed, for the reason above"):
+        Study(corpora, tmp_path / "study", 4, 1, 1).run((), ())
+    assert "--vocab_size" in capfd.readouterr().err
 
 
 def test_seeds_of_one_kind_are_averaged_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
