@@ -6,7 +6,8 @@ From the text and the labelled data of benchmarks.corpora, --jobs jobs at a time
   pretrain  the five objectives, AE+PAR without relative position bias, some with two seeds, all on the same samples in the same
             order; and transformers' BertForMaskedLM on them for as many CPU seconds as AE+PAR took,
             the longer of two seeds
-  tasks     each of these models, and one with initial weights, fine-tuned for four tasks, with several seeds
+  losses    of both kinds, of each of these models and of one with initial weights
+  tasks     each of them fine-tuned for four tasks, with several seeds
   report    results.json, results.md and figures, of what there is
 
 What is done is not done again, and what was interrupted goes on: start it again. The numbers are in benchmarks/study/plan.py.
@@ -65,10 +66,16 @@ class Study:
         self._do("pre-train", [self._pretraining(arm) for arm in arms if arm in plan.PMLMS])
         if plan.BERT in arms:
             self._do("pre-train BERT", [self._pretraining_bert()])
-        files = {task.name: task.prepare(self._corpora, self._output / "tasks" / task.name) for task in tasks}
         if plan.RANDOM in arms:
             for seed in range(self._seeds):
                 random_twin(self.weights(plan.REFERENCE, 0), self.weights(plan.RANDOM, seed), seed)
+        self._do("losses", [
+            Job(f"losses-{arm.name}", folder, ((
+                "-m", "benchmarks.study.losses", "--weights", self.weights(arm, 0), "--data", self._output / "data", "--output", folder,
+            ),))
+            for arm in arms if (folder := self._output / "losses" / arm.name)
+        ])  # fmt: skip
+        files = {task.name: task.prepare(self._corpora, self._output / "tasks" / task.name) for task in tasks}
         self._do("fine-tune", [
             Job(f"{task.name}-{arm.name}-{seed}", folder, ((
                 "-m", "benchmarks.study.tasks", "--task", task.name, "--train_file", files[task.name].train, "--validation_file",

@@ -2,7 +2,7 @@
 
 Samples, their order, what is masked and what is shown there are those that run_pretrain.py with --objective ae takes, and so are
 batch, AdamW, clipping and schedule, but that the schedule ends with the time, not after so many steps. Writes to OUTPUT what
-transformers' save_pretrained does, with the tokenizer beside it, as finetune.weights opens it, and last validation.json.
+transformers' save_pretrained does, with the tokenizer beside it, as finetune.weights opens it, and last study.json.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ import torch
 import transformers
 
 from benchmarks.peers import bert_config
+from benchmarks.study.tasks import RESULT
 from benchmarks.train_step import labels_of, padded
 from data_prep.console import ArgumentParser, add_flags, progress_bar, run_command
 from data_prep.files import write_json, write_whole
 from data_prep.shards import DataSet
-from pretrain.batches import Share, TrainingBatches, validation_batches
+from pretrain.batches import Share, TrainingBatches
 from pretrain.config import MODEL_NUMBERS, model_of
 from pretrain.ds_config import DeepSpeedConfig
 from pretrain.engine import parameter_groups
 from pretrain.layout import Layout, Objective
 from pretrain.model import PMLMConfig
-
-VALIDATION = "validation.json"
-_VALIDATION_SAMPLES = 2048
 
 
 def cpu_s() -> float:
@@ -82,10 +80,7 @@ def _run(args: Any) -> None:
             bar.update(0)
     model.save_pretrained(args.output)
     write_whole(args.output / data.tokenizer.file_name, data.tokenizer.path.read_bytes())
-    write_json(args.output / VALIDATION, {
-        "step": step, "samples_consumed": step * share.train_batch, "cpu_s": round(cpu_s() - started, 1),
-        **_validate(model, data, share),
-    })  # fmt: skip
+    write_json(args.output / RESULT, {"steps": step, "samples": step * share.train_batch})
     data.close()
 
 
@@ -103,20 +98,6 @@ def _inputs(layout: Layout) -> dict[str, torch.Tensor]:
         "token_type_ids": padded(layout, layout.segments_N),
         "attention_mask": padded(layout, torch.ones_like(layout.ids_N)),
     }
-
-
-@torch.no_grad()
-def _validate(model: Any, data: DataSet, share: Share) -> dict[str, float]:
-    model.eval()
-    loss_sum, num_correct, num_targets = 0.0, 0, 0
-    for _, layout in validation_batches(data, Objective.AE, share, _VALIDATION_SAMPLES):
-        labels_BS = padded(layout, labels_of(layout), -100)
-        logits_TV = model(**_inputs(layout)).logits[labels_BS >= 0]
-        targets_T = labels_BS[labels_BS >= 0]
-        loss_sum += float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
-        num_correct += int((logits_TV.argmax(dim=1) == targets_T).sum())
-        num_targets += layout.num_targets
-    return {"ae_loss": loss_sum / num_targets, "ae_accuracy": num_correct / num_targets}
 
 
 if __name__ == "__main__":

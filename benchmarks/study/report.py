@@ -22,7 +22,7 @@ def write_report(
     output: Path, arms: Sequence[Arm], tasks: Sequence[Task], floors: dict[str, Any], finetuning_seeds: int
 ) -> None:
     """Write it, and print the tables."""
-    pretraining = {arm.name: found for arm in arms if (found := _pretraining(output / "pretrain" / arm.name))}
+    pretraining = {arm.name: found for arm in arms if (found := _pretraining(output, arm))}
     scores = {
         task.name: {
             arm.name: runs for arm in arms
@@ -45,17 +45,23 @@ def write_report(
     print("\n".join(lines))
 
 
-def _pretraining(run: Path) -> dict[str, Any] | None:
-    """Its validations, and what it took; None if it is not done."""
-    if not (run / RESULT).is_file():
+def _pretraining(output: Path, arm: Arm) -> dict[str, Any] | None:
+    """What it took, how its losses fell, and what they are in the end; None if its losses are not known."""
+    run, losses = output / "pretrain" / arm.name, output / "losses" / arm.name / RESULT
+    if not losses.is_file():
         return None
-    cost = {"cpu_s": read_json(run / RESULT)["cpu_s"][0]}
-    if (run / "validation.json").is_file():
-        return {**cost, "validations": [read_json(run / "validation.json")]}
+    found: dict[str, Any] = {"steps": 0, "samples": 0, "cpu_s": 0.0, "validations": [], **read_json(losses)["losses"]}
+    if arm == plan.RANDOM:
+        return found
+    result = read_json(run / RESULT)
+    found["cpu_s"] = result.pop("cpu_s")[0]
+    if arm == plan.BERT:
+        return {**found, **result}
     records = read_records(run)
     names = ("step", "ae_loss", "par_loss", "ae_accuracy", "par_accuracy")
-    validations = [{k: r[k] for k in names if k in r} for r in records if r["kind"] == "validation"]
-    return {**cost, "samples_consumed": records[-2].get("samples_consumed"), "validations": validations}
+    found["validations"] = [{k: r[k] for k in names if k in r} for r in records if r["kind"] == "validation"]
+    last = [record for record in records if record["kind"] == "train"][-1]
+    return {**found, "steps": last["step"], "samples": last["samples_consumed"]}
 
 
 def _scores(folder: Path, arm: Arm, seeds: int) -> list[dict[str, Any]]:
@@ -67,12 +73,8 @@ def _pretraining_table(pretraining: dict[str, Any]) -> Iterator[str]:
     yield "| pre-trained | steps | CPU minutes | AE loss (accuracy) | PAR loss (accuracy) |"
     yield "|---|---|---|---|---|"
     for name, found in pretraining.items():
-        last = found["validations"][-1]
-        cells = [
-            f"{last[f'{kind}_loss']:.3f} ({last[f'{kind}_accuracy']:.3f})" if f"{kind}_loss" in last else ""
-            for kind in ("ae", "par")
-        ]
-        yield f"| {name} | {last['step']:,} | {found['cpu_s'] / 60:.0f} | {cells[0]} | {cells[1]} |"
+        ae, par = (f"{found[f'{kind}_loss']:.3f} ({found[f'{kind}_accuracy']:.3f})" for kind in ("ae", "par"))
+        yield f"| {name} | {found['steps']:,} | {found['cpu_s'] / 60:.0f} | {ae} | {par} |"
 
 
 def _of_kind(arms: Sequence[Arm], scores: dict[str, Any], metric: str) -> dict[str, list[float]]:
@@ -133,8 +135,8 @@ def _draw_curves(path: Path, pretraining: dict[str, Any]) -> None:
             points = [(v["step"], v[loss]) for v in found["validations"] if loss in v and v["step"]]
             if len(points) > 1:
                 axes.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
-            elif points and name == plan.BERT.name:
-                axes.axhline(points[0][1], label=f"{name}, at its end", linewidth=1, color="black", linestyle=":")
+            elif name == plan.BERT.name and loss == "ae_loss":
+                axes.axhline(found[loss], label=f"{name}, at its end", linewidth=1, color="black", linestyle=":")
         axes.set(title=f"{loss.split('_')[0].upper()}, validation", xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
