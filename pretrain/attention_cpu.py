@@ -16,6 +16,7 @@ distance, X vectors: one head's of a row or slot.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -179,7 +180,8 @@ class CpuAttention:
         key_places_2NH = np.full((2, num_slots, num_heads), -1)
         groups: list[_Group] = []
         next_query, next_key, next_random = 1, 0, [0, 0]  # random numbers of context and of appended rows
-        for samples in _alike(keys, num_heads):
+        num_context_B, num_appended_B = (stops - starts for starts, stops in keys)
+        for samples in cheapest_groups(num_context_B, num_appended_B, num_heads):
             context, appended = (_Padded.of(starts[samples], stops[samples]) for starts, stops in keys)
             all_keys = context + appended
             parts, padded, first_query = [], [], next_query
@@ -387,28 +389,23 @@ def _bounds(edges: tuple[int, ...], num_context: tuple[int, ...]) -> tuple[tuple
     return (starts_B, middles_B), (middles_B, stops_B)
 
 
-def _alike(keys: tuple[tuple[np.ndarray, np.ndarray], ...], num_heads: int) -> list[np.ndarray]:
-    """The samples of each group, so that its calls and the scores of all its samples, which have one shape, cost least.
+def cheapest_groups(num_context_B: np.ndarray, num_appended_B: np.ndarray, num_heads: int) -> list[np.ndarray]:
+    """Samples of so many context and appended slots in groups that together have the least `cost_of_group`.
 
     Groups are runs of the samples in the order of their lengths; the cheapest way to divide the first n of them into groups
     is known for each n from those before. A group's size is a power of two, for few shapes.
     """
-    num_context_B, num_appended_B = (stops - starts for starts, stops in keys)
     order = np.lexsort((num_appended_B, num_context_B))
-    rounded = [
-        [_rounded(int(number)) for number in of_samples[order]] for of_samples in (num_context_B, num_appended_B)
-    ]
-    costs, sizes = [0], [0]
+    context, appended = ([*map(_rounded, lengths[order].tolist())] for lengths in (num_context_B, num_appended_B))
+    costs, sizes = [0.0], [0]
     for stop in range(1, len(order) + 1):
-        num_context, num_appended, options = rounded[0][stop - 1], 0, list[tuple[int, int]]()
-        for size in range(1, stop + 1):
-            num_appended = max(num_appended, rounded[1][stop - size])
-            scores = size * num_heads * max(num_context**2, num_appended * (num_context + num_appended))
-            if size > 1 and scores > _GROUP_SCORES:
+        options = list[tuple[float, int]]()
+        for size in (1 << power for power in range(stop.bit_length())):
+            group = slice(stop - size, stop)
+            cost = cost_of_group(context[group], appended[group], num_heads)
+            if cost == math.inf:
                 break
-            if size & (size - 1) == 0:
-                of_sample = num_context**2 + num_appended * (num_context + num_appended)
-                options.append((costs[stop - size] + _CALLS_SCORES + size * num_heads * of_sample, size))
+            options.append((costs[stop - size] + cost, size))
         cost, size = min(options)
         costs.append(cost)
         sizes.append(size)
@@ -416,6 +413,16 @@ def _alike(keys: tuple[tuple[np.ndarray, np.ndarray], ...], num_heads: int) -> l
     while stops[-1]:
         stops.append(stops[-1] - sizes[stops[-1]])
     return [order[start:stop] for start, stop in pairwise(reversed(stops))]
+
+
+def cost_of_group(num_context: Sequence[int], num_appended: Sequence[int], num_heads: int) -> float:
+    """Its scores when all its samples are as long as the longest, and what its calls are worth in scores; infinite if there
+    would be too many scores at a time."""
+    num_samples, context, appended = len(num_context), max(num_context), max(num_appended)
+    of_parts = context**2, appended * (context + appended)
+    if num_samples > 1 and num_samples * num_heads * max(of_parts) > _GROUP_SCORES:
+        return math.inf
+    return _CALLS_SCORES + num_samples * num_heads * sum(of_parts)
 
 
 def _in_a_row(arrays: list[np.ndarray]) -> torch.Tensor:

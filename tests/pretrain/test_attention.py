@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from memory import LargestTensor, Products
 from support import MASK, VOCAB_SIZE, random_batch
 
 from pretrain.attention import AttentionBackend, RelativePositionBias, make_attention
+from pretrain.attention_cpu import cheapest_groups, cost_of_group
 from pretrain.attention_flex import mask_mod, score_mod
 from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
 from pretrain.model import PMLM, PMLMConfig
@@ -90,6 +92,30 @@ def test_cpu_equals_the_reference_without_relative_bias() -> None:
         reference, found = (run(b, layout, torch.float64, has_bias=False) for b in ("reference", "cpu"))
         for name in reference:
             torch.testing.assert_close(found[name], reference[name], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_heads", [1, 12])
+def test_no_other_groups_cost_less(num_heads: int) -> None:
+    """Of all ways to divide samples in the order of their lengths into runs of 1, 2, 4 .. of them."""
+
+    def cheapest(lengths: list[tuple[int, int]]) -> float:
+        if not lengths:
+            return 0
+        return min(
+            cost_of_group(*zip(*lengths[:size], strict=True), num_heads) + cheapest(lengths[size:])
+            for size in (1, 2, 4, 8) if size <= len(lengths)
+        )  # fmt: skip
+
+    chance = np.random.default_rng(0)
+    num_groups = set()
+    for num_samples in (1, 2, 3, 7, 10, 10, 10):
+        context, appended = chance.integers(1, 12, num_samples) * 16, chance.integers(0, 4, num_samples) * 16
+        groups = cheapest_groups(context, appended, num_heads)
+        assert sorted(np.concatenate(groups).tolist()) == [*range(num_samples)]
+        cost = sum(cost_of_group(context[group].tolist(), appended[group].tolist(), num_heads) for group in groups)
+        assert cost == cheapest(sorted(zip(context.tolist(), appended.tolist(), strict=True)))
+        num_groups.add(len(groups))
+    assert len(num_groups) > 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
