@@ -130,14 +130,18 @@ def _draw_curves(path: Path, pretraining: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
+    kinds = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in pretraining))
     for axes, loss in zip(figure.subplots(1, 2, sharey=True), _LOSSES, strict=True):
         for name, found in pretraining.items():
             points = [(v["step"], v[loss]) for v in found["validations"] if loss in v and v["step"]]
+            kind, seed = name.rsplit("-", 1)
             if len(points) > 1:
-                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
+                style = {"color": f"C{kinds.index(kind)}", "linestyle": "-" if seed == "0" else "--"}
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.3, **style)
             elif name == plan.BERT.name and loss == "ae_loss":
                 axes.axhline(found[loss], label=f"{name}, at its end", linewidth=1, color="black", linestyle=":")
-        axes.set(title=f"{loss.split('_')[0].upper()}, validation", xlabel="step", ylabel="loss")
+        title = {"ae_loss": "AE, validation", "par_loss": "PAR, or AR where it is trained, validation"}[loss]
+        axes.set(title=title, xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)

@@ -152,7 +152,7 @@ def test_inspect_shows_the_stored_masks(
 ) -> None:
     done = data_prep_command("inspect", "--data", data_folder, "--count", 1)
     text = next(line for line in done.stdout.splitlines() if line.startswith("[SOS]"))
-    with h5py.File(data_folder / "train-00000.h5") as file:
+    with h5py.File(data_folder / "train-00000.h5", locking=False) as file:
         masked = file["masks"][0, : int(file["samples"][0]["num_masked"])]
         originals = file["tokens"][: int(file["samples"][0]["length"])][masked["position"]]
     for turn, original in zip(masked["turn"], originals, strict=True):
