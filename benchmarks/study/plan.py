@@ -22,9 +22,7 @@ TEXTS = (
 
 DEEPSPEED_CONFIG = "ds_configs/zero2_tiny.json"
 TOTAL_STEPS = 8000
-MODEL_FLAGS = (
-    "--model", "tiny", "--max_positions", str(MAX_LENGTH_TOKENS), "--dropout", "0", "--initializer_range", "0.05",
-)  # fmt: skip
+MODEL_FLAGS = ("--model", "tiny", "--max_positions", str(MAX_LENGTH_TOKENS))
 
 
 @dataclass(frozen=True)
