@@ -88,9 +88,8 @@ class Document:
     @property
     def utf8(self) -> bytes:
         """The lines, with a line break between two; made once."""
-        kept: bytes | None = self.__dict__.get(
-            "_utf8"
-        )  # functools.cached_property takes a lock, which costs more than this
+        # functools.cached_property takes a lock, which costs more than this.
+        kept: bytes | None = self.__dict__.get("_utf8")
         if kept is None:
             kept = self.__dict__["_utf8"] = "\n".join(self.lines).encode()
         return kept
