@@ -85,9 +85,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git would hand out, with the environment that is already there.
+    """What git would hand out, with the environment that is already there; each module writes into its own.
 
     Only the number of training steps is smaller: ds_configs/zero2_local.json and the study's plan are cut down to three. What
     the study takes from packages is there, made of the sample corpus.
