@@ -3,7 +3,7 @@
 Stages of independent tasks, each of which leaves its result in a file, so that an interrupted build goes on:
 
     duplicates  where they are to be dropped: data_prep/duplicates.py  -> DATA/.work/duplicates/
-    units       a part of the input: read, clean, tokenize, cut        -> DATA/.work/unit-00000012.npz, .json
+    units       a part of the input: read, clean, tokenize, cut        -> DATA/.work/unit-00000012.npz
     shards      the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
 
 Before the shards, the main process counts the texts of all units: from then on every sample has its number. A corpus of several

@@ -262,10 +262,10 @@ def read_unit(sources: Sequence[Source], unit: Unit) -> Iterator[Document]:
                 yield from _between_blank_lines(source, piece)
 
 
-def _document(lines: Iterable[str]) -> Iterator[Document]:
+def _document(lines: Iterable[str]) -> tuple[Document, ...]:
+    """The document of the lines, or none."""
     document = make_document(lines)
-    if document.lines:
-        yield document
+    return (document,) if document.lines else ()
 
 
 def _whole_file(source: Source) -> Iterator[Document]:

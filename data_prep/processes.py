@@ -9,6 +9,7 @@ the last line of one that was killed tells what it was doing.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -93,9 +94,23 @@ class _LogFile(logging.Handler):
 def _begin(log_folder: Path | None, process: str) -> None:
     """What each process does first."""
     keep_freed_memory()
+    _load_numba_without_scipy()
     if log_folder:
         _log.addHandler(_LogFile(log_folder, process))
         _log.info("%s: %s", process, " ".join(sys.argv))
+
+
+def _load_numba_without_scipy() -> None:
+    """numba's first call would load SciPy's linear algebra, where it is installed, for functions that nothing here uses: a
+    tenth of a second of each process."""
+    module = "scipy.linalg"
+    if module in sys.modules:
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # "there is none"
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        del sys.modules[module]
 
 
 def _close_log(error: BaseException | None) -> None:

@@ -1,12 +1,12 @@
 """The first stage of a build: what becomes of a unit of the input, and the files that hold it until the shards are written.
 
-unit-00000012.npz     of each split, the ids of its texts, one behind the other, and how many of each
-unit-00000012.json    counts of documents and samples; written last: without it the unit is not done
+unit-00000012.npz    of each split, the ids of its texts, one behind the other, and how many of each; and counts of
+                     documents and samples, as JSON
 """
 
 from __future__ import annotations
 
-import io
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import ceil
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.corpus import Document
-from data_prep.files import read_json, write_json, write_whole
+from data_prep.files import unfinished_file
 from data_prep.packing import MIN_DOCUMENT_TOKENS, Texts, cut_into_texts
 from data_prep.parameters import BuildParameters
 from data_prep.shards import SPLITS, Split, token_dtype
@@ -31,14 +31,16 @@ def tokenize(
 ) -> tuple[dict[Split, Texts], Counter[str]]:
     """The documents as texts that fit a sample, and counts of what became of them."""
     token = token_dtype(tokenizer.vocab_size)
-    ids, num_ids, hashes, sizes = [np.zeros(0, token)], [np.zeros(0, np.int64)], [], []
+    ids, num_ids = [np.zeros(0, token)], [np.zeros(0, np.int64)]
+    hashes: list[int] = []
+    sizes: list[int] = []
     counts: Counter[str] = Counter()
-    for group in _groups(documents):
-        group_ids, group_num_ids = tokenizer.encode_texts([document.utf8 for document in group])
+    for group_texts, group_hashes in _groups(documents):
+        group_ids, group_num_ids = tokenizer.encode_texts(group_texts)
         ids.append(group_ids.astype(token))
         num_ids.append(group_num_ids)
-        hashes += [document.hash for document in group]
-        sizes += [len(document.utf8) for document in group]
+        hashes += group_hashes
+        sizes += map(len, group_texts)
     ids_N, num_ids_D, hash_D = np.concatenate(ids), np.concatenate(num_ids), np.array(hashes, dtype=np.uint64)
     is_long_D = num_ids_D >= MIN_DOCUMENT_TOKENS
     is_held_out_D = hash_D < np.uint64(ceil(parameters.validation_fraction * 2**64))
@@ -59,17 +61,21 @@ def tokenize(
     return texts, counts
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
+def _groups(documents: Iterable[Document]) -> Iterator[tuple[list[bytes], list[int]]]:
+    """The texts of documents, and their hashes."""
+    texts: list[bytes] = []
+    hashes: list[int] = []
     num_bytes = 0
     for document in documents:
-        group.append(document)
-        num_bytes += len(document.utf8)
+        text = document.utf8
+        texts.append(text)
+        hashes.append(document.hash)
+        num_bytes += len(text)
         if num_bytes >= _GROUP_BYTES:
-            yield group
-            group, num_bytes = [], 0
-    if group:
-        yield group
+            yield texts, hashes
+            texts, hashes, num_bytes = [], [], 0
+    if texts:
+        yield texts, hashes
 
 
 def bin_width(length: int) -> int:
@@ -87,31 +93,31 @@ def describe_text(counts: Counter[str]) -> dict[str, Any]:
     }
 
 
-def _file(work: Path, unit: int, suffix: str) -> Path:
-    return work / f"unit-{unit:08d}.{suffix}"
+def _file(work: Path, unit: int) -> Path:
+    return work / f"unit-{unit:08d}.npz"
 
 
 def is_done(work: Path, unit: int) -> bool:
-    """Whether the unit's files are whole."""
-    return _file(work, unit, "json").exists()
+    """Whether the unit's file is whole."""
+    return _file(work, unit).exists()
 
 
 def write_unit(work: Path, unit: int, texts: dict[Split, Texts], counts: Counter[str]) -> None:
-    """Leave what became of a unit in its files."""
+    """Leave what became of a unit in its file."""
     arrays = {f"{split}_{name}": array for split in texts for name, array in vars(texts[split]).items()}
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    write_whole(_file(work, unit, "npz"), content.getvalue())
-    write_json(_file(work, unit, "json"), dict(sorted(counts.items())))
+    arrays["counts"] = np.frombuffer(json.dumps(dict(sorted(counts.items()))).encode(), np.uint8)
+    with unfinished_file(_file(work, unit)) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its signature has a flag beside the arrays
 
 
 def read_texts(work: Path, unit: int, split: Split) -> Texts:
     """The texts of a unit."""
-    with np.load(_file(work, unit, "npz"), allow_pickle=False) as stored:
+    with np.load(_file(work, unit), allow_pickle=False) as stored:
         return Texts(stored[f"{split}_ids"], stored[f"{split}_num_ids_B"])
 
 
 def read_counts(work: Path, unit: int) -> dict[str, int]:
     """The counts of a unit."""
-    counts: dict[str, int] = read_json(_file(work, unit, "json"))
+    with np.load(_file(work, unit), allow_pickle=False) as stored:
+        counts: dict[str, int] = json.loads(stored["counts"].tobytes())
     return counts
