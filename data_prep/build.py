@@ -65,6 +65,8 @@ from data_prep.units import describe_text, is_done, read_counts, read_texts, tok
 
 WORK = ".work"
 _PLAN = "plan.json"
+_WORK_VERSION = 2
+"""Of what is in WORK, and of how masks are drawn: a new one for each change that would make half a data set another's."""
 _SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
 _FIRST_VALIDATION_SAMPLE = 2**48
 _DROPPED = ("too_short_documents", "too_long_documents", *KINDS)
@@ -167,12 +169,18 @@ def is_made(folder: Path, made_from: dict[str, Any]) -> bool:
         shutil.rmtree(work, ignore_errors=True)  # there if it was interrupted behind the manifest
         return True
     if (work / _PLAN).exists() and any(file.name != _PLAN for file in work.glob("[!.]*")):
-        _refuse_changes(folder, "an unfinished data set", read_json(work / _PLAN), made_from)
+        plan = read_json(work / _PLAN)
+        if (found := plan.get("work_version")) != _WORK_VERSION:
+            raise ValueError(
+                f"{folder}: holds an unfinished data set begun by another version of this program (its work_version is {found}, "
+                f"expected {_WORK_VERSION}); remove it or choose another"
+            )
+        _refuse_changes(folder, "an unfinished data set", plan, made_from)
         return False
     folder.mkdir(parents=True, exist_ok=True)
     _remove(folder, *_SHARDS, *(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*")))
     work.mkdir(exist_ok=True)
-    write_json(work / _PLAN, made_from)
+    write_json(work / _PLAN, {**made_from, "work_version": _WORK_VERSION})
     return False
 
 

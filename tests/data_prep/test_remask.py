@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep.build import WORK
+from data_prep.build import WORK, is_made
 from data_prep.processes import LocalProcesses
 from data_prep.remask import remask
 from data_prep.shards import SPLITS, DataSet, find_faults
@@ -53,13 +52,11 @@ def test_done_once_it_is_not_done_again_and_nothing_else_is_overwritten(data_fol
 
 def test_begun_from_another_data_set_it_is_refused(data_folder: Path, tmp_path: Path) -> None:
     """Shards of both would be in one data set."""
-    begun = tmp_path / "new" / WORK
-    begun.mkdir(parents=True)
     made_from = {
         "parameters": DataSet(data_folder).parameters | {"seed": 7, "mask_sets": 3},
         "remasked_from": {"sha256": ""},
     }
-    (begun / "plan.json").write_text(json.dumps(made_from))
-    (begun / "train-00000.json").write_text("{}")
+    assert not is_made(tmp_path / "new", made_from)
+    (tmp_path / "new" / WORK / "train-00000.json").write_text("{}")
     with pytest.raises(ValueError, match="new: holds an unfinished data set made from other remasked_from; remove it"):
         remasked(data_folder, tmp_path / "new")

@@ -253,6 +253,22 @@ class Disturbed(LocalProcesses):
         super().run(task, arguments, stage, *report)
 
 
+def test_what_another_version_has_begun_is_not_gone_on_with(
+    chapters: list[Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin() -> None:
+        with LocalProcesses(1) as processes:
+            build([Corpus(chapters[3:4])], tokenizer.path, tmp_path / "data", BuildParameters(), processes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "_WORK_VERSION", 1)
+        patch.setattr(build_module, "write_shard", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            begin()
+    with pytest.raises(ValueError, match=r"begun by another version of this program \(its work_version is 1, expected"):
+        begin()
+
+
 @pytest.fixture
 def corpus(chapters: list[Path], tmp_path: Path) -> list[Path]:
     """A unit for each."""
