@@ -177,6 +177,7 @@ class Trainer:
                 step = self._engine.steps
                 num_tokens += sum(layout.num_tokens for layout in micro_batches)
                 num_flops += sum(step_flops(self._inputs.model, layout).needed for layout in micro_batches)
+                del micro_batches  # later, the thread that builds the next would take Python's lock meanwhile
                 is_last = step >= total
                 is_logged = step == 1 or step % self._config.log_every_steps == 0 or is_last
                 values = self._means(sums) if is_logged else {}
