@@ -13,7 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.processes import LocalProcesses
+from data_prep.remask import remask
 from data_prep.shards import CHUNK_SAMPLES, DataSet
+from pretrain import batches as batches_module
 from pretrain.batches import BatchesAhead, SampleOrder, Share, TrainingBatches, permuted, validation_batches
 from pretrain.layout import Layout, Objective
 
@@ -166,6 +169,28 @@ def test_an_epoch_uses_its_mask_set(data_set: DataSet) -> None:
     assert data_set.num_mask_sets == 2
     assert np.mean([a != b for a, b in zip(*by_epoch[:2], strict=True)]) > 0.9
     assert by_epoch[0] == by_epoch[2]
+
+
+def test_memory_does_not_grow_with_the_mask_sets(
+    data_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_module, "WINDOW_CHUNKS", 2)  # of a data set of as many chunks as there are here
+    with LocalProcesses(1) as processes:
+        remask(data_set.folder, tmp_path, 1, 6, processes)
+
+    def peak_bytes(data: DataSet) -> int:
+        batches = TrainingBatches(data, Objective.AE_PAR, Share(0, 1, 64, 1), seed=0)
+        tracemalloc.start()
+        for first in range(0, 6 * data.num_samples("train"), 64):
+            batches.step(first)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(data_set)  # what is made at first use
+    few, many = peak_bytes(data_set), peak_bytes(DataSet(tmp_path))
+    assert data_set.num_samples("train") > 8 * CHUNK_SAMPLES
+    assert many < 1.3 * few  # twice as much if all sets were kept
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
