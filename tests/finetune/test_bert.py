@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,41 @@ def test_a_pooler_that_does_not_fit_is_named(
     torch.save({**kept, **weights}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=fault):
         load_pretrained(folder)
+
+
+def test_dropout_disturbs_gradients_as_much_as_that_of_transformers(
+    bert: tuple[Any, Path], sentences: list[tuple[str, str]]
+) -> None:
+    """Of a batch, not only of a sample: noise that samples shared would not be less in their mean."""
+    num_draws, texts = 400, [text for text, _ in sentences[:8]]
+    folder, targets = bert[1], torch.tensor([0, 1] * 4)
+    config = transformers.AutoConfig.from_pretrained(folder, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    theirs = transformers.BertForSequenceClassification.from_pretrained(folder, config=config)
+    pretrained = load_pretrained(folder, dropout=0.2)
+    ours = Classifier.make(
+        pretrained.model, pretrained.tokenizer, Target(("a", "b")), MAX_TOKENS, Processes(), 0, pretrained.pooler
+    )
+    with torch.no_grad():
+        theirs.classifier.weight.normal_()
+        ours.model.classifier.weight.copy_(theirs.classifier.weight)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    inputs = ours.inputs(texts)
+    names = [
+        "classifier.weight", "bert.pooler.dense.weight", "bert.encoder.layer.1.output.dense.weight",
+        "bert.encoder.layer.0.attention.output.dense.weight", "bert.embeddings.word_embeddings.weight",
+    ]  # fmt: skip
+
+    def draws(model: Any, loss: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        model.train()
+        parameters = [model.get_parameter(name) for name in names]
+        found = [torch.autograd.grad(loss(), parameters) for _ in range(num_draws)]
+        return [torch.stack(of_parameter).flatten(1) for of_parameter in zip(*found, strict=True)]
+
+    torch.manual_seed(0)
+    here = draws(ours.model, lambda: ours.loss(inputs, targets, range(8)) / 8)
+    there = draws(theirs, lambda: theirs(**batch, labels=targets).loss)
+    for name, a, b in zip(names, here, there, strict=True):
+        assert 0.85 < a.var(dim=0).sum() / b.var(dim=0).sum() < 1.18, name
+        error = (a.mean(dim=0) - b.mean(dim=0)).square().sum() / (a.var(dim=0).sum() + b.var(dim=0).sum()) * num_draws
+        assert 0.5 < error < 1.6, name  # 1 where the means differ by chance alone
