@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,10 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(slurm: dict[str, str], tmp_path: Path) -> Cluster:
-    return Cluster(slurm, tmp_path)
+def cluster(slurm: dict[str, str], tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(slurm, tmp_path)
+    yield cluster
+    cluster("scancel", f"--user={os.getuid()}")  # what a test that failed has left would keep the nodes from the next
 
 
 @pytest.fixture
