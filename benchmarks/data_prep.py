@@ -87,9 +87,11 @@ for path in files:
                     lines, num_characters = [], 0
 encode(lines, num_threads=1)
 """
-_START = (
-    "import data_prep.__main__, numpy, data_prep.draws; data_prep.draws.word_of(numpy.uint64(0), 0)"  # numba's, too
-)
+_START = """
+import data_prep.__main__, data_prep.draws, data_prep.processes, numpy
+data_prep.processes.LocalProcesses(1).prepare(lambda: None)
+data_prep.draws.word_of(numpy.uint64(0), 0)  # numba's, too
+"""
 _WAYS = ("a line a call", "a document a call", "many lines a call")
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,31 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
     assert [start["resumed"] for start in starts] == [False, True]
     assert starts[0]["config"] == starts[1]["config"]
     assert curve(tmp_path / "run") == expected
+
+
+RUN_THAT_LOOKS_FOR_OLD_BATCHES = """
+import os, runpy, sys, weakref
+sys.argv = sys.argv[1:]
+from pretrain.batches import BatchesAhead
+next_step, last, output = BatchesAhead.next_step, [], os.dup(1)  # the run has its own
+def looking(self):
+    assert not any(layout() for layout in last), "a batch of the step before is still there"
+    os.write(output, b"freed " * len(last))
+    layouts = next_step(self)
+    last[:] = map(weakref.ref, layouts)
+    return layouts
+BatchesAhead.next_step = looking
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_batch_is_freed_before_the_next_is_waited_for(config: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Freed while a thread that builds others has Python's lock, it took most of what was told as waiting for data."""
+    done = run_command(
+        [sys.executable, "-c", RUN_THAT_LOOKS_FOR_OLD_BATCHES, *flags(config, data_folder, tmp_path / "run")]
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("freed") == 4 * (STEPS - 1)
 
 
 def damage(run: Path) -> str:
