@@ -35,7 +35,7 @@ from data_prep.corpus import find_sources, read_documents
 from data_prep.files import write_whole
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import micro_batches
-from finetune.classifier import Classifier, Inputs, Target, make_inputs
+from finetune.classify_model import Classifier, Inputs, Target, make_inputs
 from finetune.optimizer import WholeState
 from finetune.processes import Processes
 from finetune.tables import read_table

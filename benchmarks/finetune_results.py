@@ -24,8 +24,8 @@ from benchmarks.study.tasks import Classification, Sizes
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, write_json, write_whole
 from finetune.batches import epoch_order, prediction_batches
-from finetune.classifier import Classifier
 from finetune.classify import ColumnSettings, Data, DataSettings, Labelled, read_data, train
+from finetune.classify_model import Classifier
 from finetune.runs import StartSettings
 from finetune.tables import read_table
 from finetune.trainer import MODEL, TrainSettings, learning_rate_factor

@@ -34,7 +34,7 @@ from data_prep.files import write_whole
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import epoch_order, micro_batches
 from finetune.model import Seq2SeqModel
-from finetune.pairs import Examples, PairColumns, Pairs, make_examples, read_pairs
+from finetune.seq2seq_data import Examples, PairColumns, Pairs, make_examples, read_pairs
 from finetune.seq2seq_model import Seq2SeqSettings
 from pretrain.layout import Layout
 from pretrain.model import PMLM, PMLMConfig

@@ -19,7 +19,7 @@ from torch import nn
 
 from data_prep.console import add_flags, flag_values
 from data_prep.files import write_whole
-from finetune.classifier import Classifier, Inputs, Target, make_inputs
+from finetune.classify_model import Classifier, Inputs, Target, make_inputs
 from finetune.glue import BROKEN, GLUE, TRAIN, GlueTask, write_leaderboard_file
 from finetune.metrics import classification_metrics, regression_metrics
 from finetune.processes import Processes

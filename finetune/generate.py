@@ -23,11 +23,11 @@ from typing import Any
 from data_prep.console import add_flags, flag_values, progress_bar
 from data_prep.files import named, read_json, sha256_of_file, sync_directory, unfinished_file, write_json
 from finetune.model import model_folder
-from finetune.pairs import PairColumns, Pairs, are_filled, make_sources, read_pairs
 from finetune.processes import Processes
 from finetune.runs import command_parser, run_with_processes, say
 from finetune.score import made_by_file, read_lines
 from finetune.search import Found, SearchSettings, Trace, decode, refuse_impossible, stream
+from finetune.seq2seq_data import PairColumns, Pairs, are_filled, make_sources, read_pairs
 from finetune.writer import Writer
 from pretrain.export import WEIGHTS
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, sha256_of_file, write_json
-from finetune.pairs import QUESTION_TARGET, is_lines
+from finetune.seq2seq_data import QUESTION_TARGET, is_lines
 from finetune.squad import read_squad
 from finetune.tables import read_table
 

@@ -26,7 +26,6 @@ from data_prep.masking import block_draw
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import epoch_order, prediction_batches
 from finetune.model import Seq2SeqModel
-from finetune.pairs import Examples, PairColumns, Pairs, are_filled, make_examples, read_pairs
 from finetune.processes import Processes
 from finetune.runs import (
     StartSettings,
@@ -41,6 +40,7 @@ from finetune.runs import (
 )
 from finetune.score import text_scores
 from finetune.search import Rules, decode
+from finetune.seq2seq_data import Examples, PairColumns, Pairs, are_filled, make_examples, read_pairs
 from finetune.seq2seq_model import Seq2SeqSettings, save_seq2seq
 from finetune.trainer import TrainSettings
 from pretrain.model import PMLM

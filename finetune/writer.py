@@ -9,9 +9,9 @@ from typing import Any
 
 from data_prep.tokenizer import Tokenizer
 from finetune.model import Seq2SeqModel
-from finetune.pairs import make_sources
 from finetune.processes import Processes
 from finetune.search import Hypothesis, Rules, SearchSettings, decode, refuse_impossible
+from finetune.seq2seq_data import make_sources
 from finetune.seq2seq_model import Seq2SeqSettings, load_seq2seq
 
 

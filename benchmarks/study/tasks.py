@@ -20,15 +20,15 @@ import torch
 
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, write_json, write_whole
-from finetune.answerer import Answerer, AnswerSettings
+from finetune.answer import by_question, chosen
+from finetune.answer import train as train_answerer
+from finetune.answer_model import Answerer, AnswerSettings
 from finetune.batches import epoch_order
-from finetune.classifier import Classifier
 from finetune.classify import ColumnSettings, DataSettings, Labelled, read_data
 from finetune.classify import train as train_classifier
+from finetune.classify_model import Classifier
 from finetune.generate import write_file
 from finetune.metrics import classification_metrics
-from finetune.question_answering import by_question, chosen
-from finetune.question_answering import train as train_answerer
 from finetune.runs import StartSettings
 from finetune.score import read_lines, score_files, text_scores
 from finetune.seq2seq import TargetSettings, ValidationSettings

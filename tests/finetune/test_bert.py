@@ -13,8 +13,8 @@ import transformers
 from support import files_of
 
 from finetune.batches import epoch_order
-from finetune.classifier import Classifier, Target
 from finetune.classify import ClassifyTask, Part, main
+from finetune.classify_model import Classifier, Target
 from finetune.convert import ConvertSettings, convert
 from finetune.huggingface import register
 from finetune.processes import Processes

@@ -25,8 +25,8 @@ from data_prep.draws import Decision, draw_words
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Classifier
 from finetune.batches import epoch_order, micro_batches, prediction_batches
-from finetune.classifier import make_inputs
 from finetune.classify import main
+from finetune.classify_model import make_inputs
 from finetune.glue import GLUE
 from finetune.metrics import classification_metrics, regression_metrics
 from finetune.runs import GRID

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from data_prep.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from finetune.model import Seq2SeqModel
-from finetune.pairs import Examples, PairColumns, make_examples, read_pairs, token_ids
 from finetune.processes import Processes
 from finetune.search import Rules, decode
 from finetune.seq2seq import Seq2SeqTask, TargetNoise, TargetSettings, ValidationSettings, main, parse
+from finetune.seq2seq_data import Examples, PairColumns, make_examples, read_pairs, token_ids
 from finetune.seq2seq_model import Seq2SeqSettings, load_seq2seq, source_ids, target_ids
 from pretrain.attention import relative_position_bucket
 from pretrain.export import write_export

@@ -14,8 +14,8 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from support import DEEPSPEED_CONFIGS
 
-from finetune.classifier import Classifier, Target, make_inputs
 from finetune.classify import ClassifyTask, Part
+from finetune.classify_model import Classifier, Target, make_inputs
 from finetune.optimizer import WholeState, deepspeed_config
 from finetune.processes import Processes
 from finetune.tables import read_table

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from data_prep.console import progress_bar
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import prediction_batches
-from finetune.classifier import tokenize
+from finetune.classify_model import tokenize
 from finetune.model import SpanClassifier, load_model, save_model
 from finetune.processes import Processes
 from finetune.squad import Question
@@ -157,7 +157,7 @@ def _tokens_of_answer(question: Question, spans: Sequence[tuple[int, int]]) -> t
 
 
 class Answerer:
-    """A model fine-tuned by `python -m finetune.question_answering`, or on its way there.
+    """A model fine-tuned by `python -m finetune.answer`, or on its way there.
 
     from finetune import Answerer
     answerer = Answerer.load("runs/question_answering")

@@ -17,8 +17,8 @@ from torchmetrics.functional.text import squad as published_squad
 
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Answerer
-from finetune.answerer import AnswerSettings, make_windows
-from finetune.question_answering import main
+from finetune.answer import main
+from finetune.answer_model import AnswerSettings, make_windows
 from finetune.squad import Question, best_threshold, f1, normalize_answer, read_squad, squad_metrics
 from pretrain.export import StoredModel, write_export
 from pretrain.model import PMLM, PMLMConfig
@@ -68,7 +68,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """The command in this process: status, stdout, stderr."""
 
     def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["question_answering", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["answer", *map(str, words)])
         status = main()
         done = capsys.readouterr()
         return status, done.out, done.err

@@ -1,4 +1,4 @@
-"""python -m finetune.question_answering: the span of a passage that answers a question.
+"""python -m finetune.answer: the span of a passage that answers a question.
 
 train    fine-tune a pre-trained model on SQuAD's JSON, version 1.1 or 2.0
 predict  answer a question given in the command line, or a file of SQuAD's JSON in the official format
@@ -19,7 +19,7 @@ from torch import nn
 
 from data_prep.console import add_flags, flag_values
 from data_prep.files import write_json
-from finetune.answerer import Answer, Answerer, AnswerSettings, Windows
+from finetune.answer_model import Answer, Answerer, AnswerSettings, Windows
 from finetune.processes import Processes
 from finetune.runs import (
     StartSettings,
@@ -166,7 +166,7 @@ def predict(args: Any, processes: Processes) -> None:
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = command_parser("python -m finetune.question_answering", __doc__)
+    parser = command_parser("python -m finetune.answer", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="fine-tune", description="Fine-tune a pre-trained model.")
     training.add_argument("--train_file", type=Path, metavar="PATH", required=True, help="SQuAD's JSON to train on")

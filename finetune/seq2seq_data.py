@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.tokenizer import Tokenizer
-from finetune.classifier import tokenize
+from finetune.classify_model import tokenize
 from finetune.seq2seq_model import Seq2SeqSettings, source_ids, target_ids
 from finetune.squad import read_squad
 from finetune.tables import Text, read_texts
