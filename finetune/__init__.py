@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.answer_model import Answerer as Answerer
     from finetune.classify_model import Classifier as Classifier
-    from finetune.writer import Writer as Writer
+    from finetune.seq2seq_model import Writer as Writer
 
 __all__ = ["Answerer", "Classifier", "Writer"]
-_MODULES = {"Answerer": "answer_model", "Classifier": "classify_model", "Writer": "writer"}
+_MODULES = {"Answerer": "answer_model", "Classifier": "classify_model", "Writer": "seq2seq_model"}
 
 
 def __getattr__(name: str) -> Any:
-    """These, loaded at their first use: `python -m finetune.convert` has no need of them."""
+    """Return one of these, loaded at its first use."""
     import importlib
 
     if name not in __all__:

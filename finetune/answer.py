@@ -1,15 +1,9 @@
-"""python -m finetune.answer: the span of a passage that answers a question.
-
-train    fine-tune a pre-trained model on SQuAD's JSON, version 1.1 or 2.0
-predict  answer a question given in the command line, or a file of SQuAD's JSON in the official format
-"""
+"""Fine-tune a pre-trained model to answer questions with a span of a passage, on SQuAD's JSON, version 1.1 or 2.0."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.console import add_flags, flag_values
+from data_prep.console import ArgumentParser, add_flags
 from data_prep.files import write_json
-from finetune.answer_model import Answer, Answerer, AnswerSettings, Windows
+from finetune.answer_data import AnswerSettings, Windows, make_windows
+from finetune.answer_model import Answer, Answerer
+from finetune.identity import training_identity
 from finetune.processes import Processes
-from finetune.runs import (
-    StartSettings,
-    add_train_flags,
-    command_parser,
-    fingerprint,
-    load_start,
-    run_with_processes,
-    say,
-    settings_of,
-    train_all,
-)
+from finetune.runs import StartSettings, add_train_flags, from_flags, load_start, say, settings_of, train_all
 from finetune.squad import Question, SquadFile, best_threshold, read_squad, squad_metrics
 from finetune.trainer import TrainSettings
 from pretrain.model import PMLM
@@ -42,8 +28,14 @@ Answers = Mapping[str, tuple[list[Answer], float]]
 class AnswerTask:
     """See finetune.trainer.Task."""
 
-    def __init__(self, answerer: Answerer, train: Windows, validation: Windows, is_v2: bool) -> None:
-        self._answerer, self._train, self._validation, self._is_v2 = answerer, train, validation, is_v2
+    score_name, score_sign = "f1", 1.0
+
+    def __init__(
+        self, answerer: Answerer, train: Windows, questions: Sequence[Question], validation: Windows, is_v2: bool
+    ) -> None:
+        """`questions`: those of `validation`."""
+        self._answerer, self._train, self._is_v2 = answerer, train, is_v2
+        self._questions, self._validation = questions, validation
         self.lengths = train.lengths
 
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
@@ -52,12 +44,11 @@ class AnswerTask:
 
     def validate(self) -> dict[str, float]:
         """See Task; chooses the threshold."""
-        questions = self._validation.questions
-        answers = by_question(questions, self._answerer.answers(self._validation))
+        answers = by_question(self._questions, self._answerer.answers(self._questions, self._validation))
         if self._is_v2:
             texts = {key: best[0].text for key, (best, _) in answers.items()}
-            self._answerer.threshold = best_threshold(questions, texts, no_answer_scores(answers))
-        values = squad_metrics(questions, chosen(self._answerer, answers), self._is_v2)
+            self._answerer.threshold = best_threshold(self._questions, texts, no_answer_scores(answers))
+        values = squad_metrics(self._questions, chosen(self._answerer, answers), self._is_v2)
         return {"score": values["f1"], **values}
 
     def save(self, folder: Path) -> None:
@@ -66,22 +57,22 @@ class AnswerTask:
 
 
 def by_question(questions: Sequence[Question], answers: Sequence[tuple[list[Answer], float]]) -> Answers:
-    """By the questions' ids."""
+    """Return the answers by the questions' ids."""
     return {question.id: found for question, found in zip(questions, answers, strict=True)}
 
 
 def no_answer_scores(answers: Answers) -> dict[str, float]:
-    """By how much no answer scores more than the best one."""
+    """Return by how much no answer scores more than the best one."""
     return {key: none - best[0].score for key, (best, none) in answers.items()}
 
 
 def chosen(answerer: Answerer, answers: Answers) -> dict[str, str]:
-    """The answers' texts, as the official script takes them."""
+    """Return the answers' texts, as the official script takes them."""
     return {key: answerer.choose(*found).text for key, found in answers.items()}
 
 
 def write_predictions(folder: Path, answerer: Answerer, answers: Answers) -> None:
-    """predictions.json and, of version 2.0, na_prob.json, as the official script takes them; nbest_predictions.json."""
+    """Write predictions.json and, of version 2.0, na_prob.json, as the official script takes them; nbest_predictions.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "predictions.json", chosen(answerer, answers))
     write_json(folder / "nbest_predictions.json", {key: [vars(a) for a in best] for key, (best, _) in answers.items()})
@@ -97,101 +88,107 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune, and write the predictions for the validation file; returns the summary."""
     processes = processes or Processes()
-    files = {path: read_squad(path) for path in (train_file, validation_file)}
+    reading.stride(start.max_length_tokens)  # refuses what cannot be, before anything is read
+    to_train, validated = read_squad(train_file), read_squad(validation_file)
     pretrained = load_start(start, processes)
-
-    def answerer_of(model: PMLM, seed: int) -> Answerer:
-        return Answerer.make(model, pretrained.tokenizer, start.max_length_tokens, reading, processes, seed)
-
-    maker = answerer_of(pretrained.model, 0)
-    training = maker.windows(usable(files[train_file], processes))
-    if num_unmatched := files[validation_file].num_unmatched:
-        say(processes, f"warning: {validation_file}: {num_unmatched:,} questions have answers that are not in the passage at "
+    tokenizer = pretrained.tokenizer
+    training = training_windows(
+        to_train, make_windows(tokenizer, to_train.questions, start.max_length_tokens, reading), processes, reading
+    )
+    validation = make_windows(tokenizer, validated.questions, start.max_length_tokens, reading)
+    if validated.num_unmatched:
+        say(processes, f"warning: {validation_file}: {validated.num_unmatched:,} questions have answers that are not in the passage at "
             "answer_start; they are scored all the same")  # fmt: skip
-    validation = maker.windows(files[validation_file].questions)
-    say(processes, *(
-        f"{path}: {len(w.questions):,} questions in {len(w.windows):,} windows"
-        for path, w in ((train_file, training), (validation_file, validation))
-    ))  # fmt: skip
-    is_v2 = files[validation_file].is_v2
+    if to_train.is_v2 != validated.is_v2:
+        versions = ["2.0" if file.is_v2 else "1.1" for file in (to_train, validated)]
+        say(processes, f"warning: {train_file} is of SQuAD {versions[0]} and {validation_file} of {versions[1]}: whether there may be no "
+            "answer is trained as in the one and scored as in the other")  # fmt: skip
+    say(processes, f"{validation_file}: {len(validated.questions):,} questions in {len(validation):,} windows")
+    identity = training_identity(
+        pretrained.model, pretrained.pooler, pretrained.tokenizer, {"train": to_train.sha256, "validation": validated.sha256},
+        {"name": "answer", "max_length_tokens": start.max_length_tokens, **vars(reading)},
+    )  # fmt: skip
+    questions, is_v2 = validated.questions, validated.is_v2
+    del to_train, validated  # the texts of questions to train on are needed no more
 
     def make_task(model: PMLM, of_run: TrainSettings) -> tuple[nn.Module, AnswerTask]:
-        answerer = answerer_of(model, of_run.seed)
-        return answerer.model, AnswerTask(answerer, training, validation, is_v2)
+        answerer = Answerer.make(model, tokenizer, start.max_length_tokens, reading, processes, of_run.seed)
+        return answerer.model, AnswerTask(answerer, training, questions, validation, is_v2)
 
-    identity = {
-        "max_length_tokens": start.max_length_tokens, **vars(reading), **fingerprint(pretrained.model.bert, [*files]),
-    }  # fmt: skip
     summary = train_all(start, settings, pretrained.model, identity, processes, make_task)
     best = Answerer.load(start.output, processes)
-    answers = by_question(validation.questions, best.answers(validation))
+    answers = by_question(questions, best.answers(questions, validation))
     if processes.is_first:
         write_predictions(start.output / "validation", best, answers)
     return summary
 
 
-def usable(file: SquadFile, processes: Processes) -> list[Question]:
-    """Those whose answer is where it says, or that have none; the others are counted."""
-    kept = [question for question in file.questions if question.start is not None or not question.answers]
-    if not file.is_v2:
-        kept = [question for question in kept if question.answers]
-    if num_left_out := len(file.questions) - len(kept):
-        say(processes, f"warning: {file.path}: {num_left_out:,} of {len(file.questions):,} questions are left out: "
-            "their answer is not in the passage at answer_start")  # fmt: skip
-    if not kept:
-        raise ValueError(f"{file.path}: none of its {len(file.questions)} questions has an answer at answer_start")
-    return kept
+def training_windows(file: SquadFile, windows: Windows, processes: Processes, reading: AnswerSettings) -> Windows:
+    """Return the windows of questions whose answer is where it says, or that have none, and tell how many are left out.
+
+    Raises ValueError if no question has an answer.
+    """
+    is_matched = [question.start is not None or not question.answers for question in file.questions]
+    kept = [is_one and number not in windows.answerless for number, is_one in enumerate(is_matched)]
+    total = len(file.questions)
+    if unmatched := is_matched.count(False):
+        say(processes, f"warning: {file.path}: {unmatched:,} of {total:,} questions are left out: their answer is not in the passage "
+            "at answer_start")  # fmt: skip
+    if lost := sum(is_matched) - sum(kept):
+        say(processes, f"warning: {file.path}: {lost:,} of {total:,} questions are left out: their answer has more tokens than fit in a "
+            f"window, or than --max_answer_tokens {reading.max_answer_tokens}")  # fmt: skip
+    if not any(is_one and question.answers for is_one, question in zip(kept, file.questions, strict=True)):
+        raise ValueError(
+            f"{file.path}: none of its {total:,} questions has an answer at answer_start that fits in a window"
+        )
+    found = windows.take(kept)
+    line = f"{file.path}: {sum(kept):,} questions in {len(found):,} windows"
+    if windows.num_cut_questions:
+        line += (
+            f"; {windows.num_cut_questions:,} questions are cut to --max_question_tokens {reading.max_question_tokens}"
+        )
+    say(processes, line)
+    return found
 
 
 def predict(args: Any, processes: Processes) -> None:
-    """The command."""
-    if (args.file is None) == (args.question is None or args.passage is None):
-        raise ValueError("expected either --question and --passage, or --file")
+    """Run `python -m finetune predict` with an answerer."""
+    is_one = args.question is not None and args.passage is not None
+    if (args.input is not None) == is_one or (args.question is None) != (args.passage is None):
+        raise ValueError(
+            "expected either --question and --passage, or --input, SQuAD's JSON, which an answerer answers"
+        )
     answerer = Answerer.load(args.model, processes)
-    if args.file is None:
+    if args.input is None:
         answer = answerer.predict(args.question, args.passage)
         if processes.is_first:
             print(json.dumps(vars(answer), ensure_ascii=False))
         return
-    file = read_squad(args.file, needs_answers=False)
-    answers = by_question(file.questions, answerer.answers(answerer.windows(file.questions)))
+    file = read_squad(args.input, needs_answers=False)
+    answers = by_question(file.questions, answerer.answers(file.questions, answerer.windows(file.questions)))
     output = args.output or Path(args.model) / "predictions"
     if processes.is_first:
         write_predictions(output, answerer, answers)
     say(processes, f"{output}: predictions.json and others for {len(answers):,} questions")
-    if any(question.answers for question in file.questions):
+    if file.is_labelled:
         values = squad_metrics(file.questions, chosen(answerer, answers), file.is_v2)
         say(processes, ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
 
-def main() -> int:
-    """Entry point; returns the exit status."""
-    parser = command_parser("python -m finetune.answer", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="fine-tune", description="Fine-tune a pre-trained model.")
-    training.add_argument("--train_file", type=Path, metavar="PATH", required=True, help="SQuAD's JSON to train on")
-    training.add_argument("--validation_file", type=Path, metavar="PATH", required=True,
-                          help="SQuAD's JSON that the best weights and the threshold are chosen by")  # fmt: skip
-    add_flags(training, AnswerSettings)
-    add_train_flags(training, without=["grid"], output=Path("runs/question_answering"), epochs=4, max_length_tokens=384)
-    predicting = commands.add_parser("predict", help="predict", description="Answer questions.")
-    predicting.add_argument("--model", type=Path, default=Path("runs/question_answering"), help="what `train` wrote")
-    predicting.add_argument("--question", metavar="TEXT", help="the question")
-    predicting.add_argument("--passage", metavar="TEXT", help="where the answer is to be found")
-    predicting.add_argument("--file", type=Path, metavar="PATH", help="SQuAD's JSON, with or without answers")
-    predicting.add_argument("--output", type=Path, metavar="PATH", help="folder for the predictions for --file")
-    args = parser.parse_args()
-
-    def command(processes: Processes) -> None:
-        if args.command == "predict":
-            predict(args, processes)
-            return
-        start, settings = settings_of(args)
-        reading = AnswerSettings(**flag_values(args, [field.name for field in fields(AnswerSettings)]))
-        train(start, settings, reading, args.train_file, args.validation_file, processes)
-
-    return run_with_processes(command, parser.prog)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `python -m finetune answer`."""
+    parser.add_argument("--train_file", type=Path, metavar="PATH", required=True, help="SQuAD's JSON to train on")
+    parser.add_argument("--validation_file", type=Path, metavar="PATH", required=True,
+                        help="SQuAD's JSON that the best weights and the threshold are chosen by")  # fmt: skip
+    add_flags(parser, AnswerSettings)
+    add_train_flags(parser, without=["grid"], output=Path("runs/answer"), epochs=4, max_length_tokens=384)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: Any, processes: Processes) -> None:
+    """Run `python -m finetune answer`."""
+    start, settings = settings_of(args)
+    train(start, settings, from_flags(args, AnswerSettings), args.train_file, args.validation_file, processes)
+    say(
+        processes,
+        f"{start.output}: answer with `python -m finetune predict --model {start.output} --question ... --passage ...`",
+    )

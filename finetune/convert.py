@@ -1,4 +1,4 @@
-"""python -m finetune.convert: a pre-trained model from one form to another; nothing of it changes.
+"""Convert a pre-trained model from one form to another; nothing of it changes.
 
     pmlm           our export, which fine-tuning opens, as does every other form here
     unilm          the released UniLMv2's names: pytorch_model.bin (or model.safetensors), config.json, vocab.txt
@@ -10,20 +10,21 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
 
-from data_prep.console import ArgumentParser, add_flags, flag_values, run_command
+from data_prep.console import ArgumentParser, add_flags
 from data_prep.files import write_json, write_whole
 from data_prep.tokenizer import WordPiece
 from finetune.fast_tokenizer import is_lowercase
 from finetune.huggingface import unilm_config, write_huggingface
+from finetune.processes import Processes
+from finetune.runs import from_flags, say
 from finetune.weights import read_pretrained, with_head
 from pretrain.export import CONFIG, TIED, WEIGHTS, StoredModel, refuse_existing, unfinished_folder, write_export
 
@@ -89,20 +90,15 @@ def write_unilm(output: Path, stored: StoredModel, *, safetensors: bool = False)
         write_json(folder / CONFIG, unilm_config(stored, tokenizer.file_name))
 
 
-def main() -> int:
-    """Entry point; returns the exit status."""
-    parser = ArgumentParser(prog="python -m finetune.convert", description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `python -m finetune convert`."""
     add_flags(parser, ConvertSettings)
-    args = parser.parse_args()
-
-    def command() -> None:
-        settings = ConvertSettings(**flag_values(args, ("input", "output", "to", "tokenizer", "safetensors")))
-        for note in convert(settings):
-            print(note, file=sys.stderr)
-        print(f"{settings.output}: written")
-
-    return run_command(command, parser.prog)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: Any, processes: Processes) -> None:
+    """Run `python -m finetune convert`."""
+    if not processes.is_first:
+        return
+    settings = from_flags(args, ConvertSettings)
+    say(processes, *convert(settings))
+    print(f"{settings.output}: written")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from torchmetrics.functional.text import squad as published_squad
 
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Answerer
-from finetune.answer import main
-from finetune.answer_model import AnswerSettings, make_windows
+from finetune.answer_data import AnswerSettings, encode_passage, make_windows
 from finetune.squad import Question, best_threshold, f1, normalize_answer, read_squad, squad_metrics
 from pretrain.export import StoredModel, write_export
 from pretrain.model import PMLM, PMLMConfig
@@ -63,19 +61,6 @@ def folder(entries: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process: status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["answer", *map(str, words)])
-        status = main()
-        done = capsys.readouterr()
-        return status, done.out, done.err
-
-    return run
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("is_v2", [False, True])
 def test_train_and_predict(
@@ -85,7 +70,7 @@ def test_train_and_predict(
     dev = squad_json(tmp_path / "dev.json", entries[90:], is_v2=is_v2)
     run = tmp_path / "run"
     status, _, err = command(
-        "train", "--weights", folder / "weights", "--train_file", train, "--validation_file", dev, "--output", run,
+        "answer", "--weights", folder / "weights", "--train_file", train, "--validation_file", dev, "--output", run,
         "--max_length_tokens", 64, "--max_question_tokens", 8, "--stride_tokens", 24, "--epochs", 12, "--learning_rate", 3e-3,
         "--batch_size", 8,
     )  # fmt: skip
@@ -108,29 +93,30 @@ def test_train_and_predict(
     status, out, _ = command("predict", "--model", run, "--question", file.questions[0].text, "--passage", file.questions[0].passage)  # fmt: skip
     assert status == 0
     assert json.loads(out)["text"] == predictions[file.questions[0].id]
-    assert command("predict", "--model", run, "--file", dev, "--output", tmp_path / "p")[0] == 0
+    assert command("predict", "--model", run, "--input", dev, "--output", tmp_path / "p")[0] == 0
     assert json.loads((tmp_path / "p" / "predictions.json").read_text()) == predictions
     assert Answerer.load(run).threshold is None or is_v2
 
 
 def test_every_answer_is_in_a_window(entries: list[tuple[str, str]], tokenizer: Tokenizer, tmp_path: Path) -> None:
     questions = read_squad(squad_json(tmp_path / "x.json", entries, is_v2=False)).questions
-    settings = AnswerSettings(stride_tokens=20, max_question_tokens=6)
+    settings = AnswerSettings(stride_tokens=20, max_question_tokens=6, max_answer_tokens=12)
     found = make_windows(tokenizer, questions, 48, settings)
     seen: dict[int, set[int]] = {number: set() for number in range(len(questions))}
     is_found = set()
-    for window in found.windows:
-        spans = found.offsets[window.question]
-        assert len(window.ids) == len(window.segments) <= 48
-        assert len(window.needed) == window.num_tokens + 1
-        seen[window.question] |= {*range(window.first, window.first + window.num_tokens)}
-        if window.target != (0, 0):
-            is_found.add(window.question)
-            first, last = (window.first + place - 1 for place in window.target)
-            text = questions[window.question].passage[spans[first][0] : spans[last][1]]
-            assert questions[window.question].answers[0] in text
+    all_spans = [encode_passage(tokenizer, question.passage)[1] for question in questions]
+    for window, number in enumerate(found.question_of_W.tolist()):
+        first_token, num_tokens, spans = int(found.first_W[window]), int(found.num_tokens_W[window]), all_spans[number]
+        assert len(found.ids(window)) == len(found.segments(window)) == found.lengths[window] <= 48
+        assert len(found.needed(window)) == num_tokens + 1
+        seen[number] |= {*range(first_token, first_token + num_tokens)}
+        if found.targets_W2[window].any():
+            is_found.add(number)
+            first, last = (first_token + place - 1 for place in found.targets_W2[window].tolist())
+            assert questions[number].answers[0] in questions[number].passage[spans[first][0] : spans[last][1]]
     assert is_found == {*range(len(questions))}
-    assert all(tokens == {*range(len(found.offsets[number]))} for number, tokens in seen.items())
+    assert not found.answerless
+    assert all(tokens == {*range(len(all_spans[number]))} for number, tokens in seen.items())
 
 
 def test_offsets_are_of_the_text(tokenizer: Tokenizer) -> None:
@@ -202,18 +188,18 @@ def test_the_threshold_is_the_best_of_all(number: int) -> None:
     ("content", "words"),
     [
         ('{"data": [\n', ["line 2: not valid JSON"]),
-        ("[]", ["top: expected 'data' to be a list"]),
+        ("[]", ["top: found [] (a list), expected an object with 'data'"]),
         ('{"data": []}', ["has no questions"]),
         ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 3}]}]}]}',
-         ["data[0].paragraphs[0].qas[0]: expected 'id' to be text, found int"]),
+         ["data[0].paragraphs[0].qas[0]: 'id' is 3 (a number), expected text"]),
         ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": "3", "question": "?"}]}]}]}',
-         ["qas[0]: expected 'answers' to be a list, found NoneType"]),
+         ["qas[0]: has no 'answers', expected a list"]),
     ],
 )  # fmt: skip
 def test_bad_files(content: str, words: list[Any], folder: Path, command: Command, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(content)
     files = ("--train_file", tmp_path / "bad.json", "--validation_file", tmp_path / "bad.json")
-    status, _, err = command("train", "--weights", folder / "weights", *files, "--output", tmp_path / "run")
+    status, _, err = command("answer", "--weights", folder / "weights", *files, "--output", tmp_path / "run")
     assert status == 2
     assert err.count("error:") == 1
     assert all(word in err for word in ["bad.json: ", *words]), err
@@ -228,7 +214,17 @@ def test_answers_elsewhere_are_counted(
     for number, paragraph in enumerate(p for article in some["data"] for p in article["paragraphs"]):
         paragraph["qas"][0]["id"] = str(number)
     (tmp_path / "some.json").write_text(json.dumps(some))
-    words = ("train", "--weights", folder / "weights", "--epochs", 1, "--max_length_tokens", 80)
+    words = (
+        "answer",
+        "--weights",
+        folder / "weights",
+        "--epochs",
+        1,
+        "--max_length_tokens",
+        80,
+        "--max_question_tokens",
+        8,
+    )
     files = ("--train_file", tmp_path / "some.json", "--validation_file", tmp_path / "some.json")
     status, _, err = command(*words, *files, "--output", tmp_path / "some")
     assert status == 0, err

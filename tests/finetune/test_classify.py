@@ -24,14 +24,15 @@ from support import run_command
 from data_prep.draws import Decision, draw_words
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Classifier
+from finetune.__main__ import main
 from finetune.batches import epoch_order, micro_batches, prediction_batches
-from finetune.classify import main
-from finetune.classify_model import make_inputs
+from finetune.classify_data import make_inputs
 from finetune.glue import GLUE
 from finetune.metrics import classification_metrics, regression_metrics
+from finetune.optimizer import parameter_groups
 from finetune.runs import GRID
 from finetune.tables import read_table
-from finetune.trainer import TrainSettings, learning_rate_factor, parameter_groups
+from finetune.trainer import learning_rate_factor
 from pretrain.export import read_export
 from pretrain.metrics import read_records
 
@@ -47,29 +48,16 @@ def folder(classify_folder: Path) -> Path:
     return classify_folder
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process: status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["classify", *map(str, words)])
-        status = main()
-        done = capsys.readouterr()
-        return status, done.out, done.err
-
-    return run
-
-
 def training(folder: Path, output: Path, *words: object) -> list[str]:
     files = ["--train_file", folder / "train.tsv", "--validation_file", folder / "dev.tsv"]
-    return [*map(str, ["train", "--weights", folder / "weights", "--output", output, *files, *QUICK, "--max_length_tokens", 32, *words])]  # fmt: skip
+    return [*map(str, ["classify", "--weights", folder / "weights", "--output", output, *files, *QUICK, "--max_length_tokens", 32, *words])]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     run, told = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
-    with mock.patch.object(sys, "argv", ["classify", *training(folder, run)]), redirect_stderr(told):
+    with mock.patch.object(sys, "argv", ["finetune", *training(folder, run)]), redirect_stderr(told):
         assert main() == 0, told.getvalue()
     assert "are cut to --max_length_tokens 32" in told.getvalue()
     return run
@@ -92,19 +80,19 @@ def test_it_learns_and_predicts(trained: Path, folder: Path, command: Command, t
     status, out, _ = command("predict", "--model", trained, "--text", *texts[:3])
     assert status == 0
     assert [line.split("\t")[1] for line in out.splitlines()[1:]] == predicted[:3]
-    status, _, _ = command("predict", "--model", trained, "--file", folder / "dev.tsv", "--output", tmp_path / "p.tsv")
+    status, _, _ = command("predict", "--model", trained, "--input", folder / "dev.tsv", "--output", tmp_path / "p.tsv")
     assert status == 0
     assert [row[0] for row in read_table(tmp_path / "p.tsv", ["prediction"]).rows] == predicted
 
 
 @pytest.mark.slow
 def test_several_processes_tell_an_error_once(folder: Path, tmp_path: Path) -> None:
-    launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "finetune.classify"]
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "finetune"]
     done = run_command([*launcher, *training(folder, tmp_path / "run", "--text_column", "words")])
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "finetune.classify: error:" in line]
+    told = [line for line in done.stderr.splitlines() if "finetune classify: error:" in line]
     assert len(told) == 1, done.stderr
-    assert "train.tsv: line 1: has no column words" in told[0]
+    assert "train.tsv: line 1: has no column 'words'" in told[0]
 
 
 def test_a_launcher_that_tells_too_little_is_not_called_pretraining(
@@ -229,10 +217,10 @@ def test_glue(name: str, folder: Path, sentences: list[tuple[str, str]], command
         with open(tmp_path / "train.tsv", "a") as file:
             file.write("77\tbroken\n")
     run = tmp_path / "run"
-    words = ("train", "--glue", name, "--data", tmp_path, "--weights", folder / "weights", "--output", run)
+    words = ("classify", "--glue", name, "--data", tmp_path, "--weights", folder / "weights", "--output", run)
     status, _, err = command(*words, "--epochs", 1, "--max_length_tokens", 32)
     assert status == 0, err
-    assert ("1 with too few fields are left out" in err) == (name == "qqp")
+    assert ("1 rows with too few or too many fields are left out" in err) == (name == "qqp")
     values = json.loads((run / "result.json").read_text())["best"]
     names = [f"{metric}{suffix}" for suffix, _ in GLUE[name].validation for metric in GLUE[name].metrics]
     assert values["score"] == pytest.approx(np.mean([values[metric] for metric in names]))
@@ -256,13 +244,13 @@ def test_nine_tasks() -> None:
 @pytest.mark.parametrize(
     ("changes", "content", "words"),
     [
-        ({"--text_column": "words"}, None, ["train.tsv: line 1: has no column words", "label, text, next"]),
+        ({"--text_column": "words"}, None, ["train.tsv: line 1: has no column 'words'", "label, text, next"]),
         ({"--train_file": "bad.tsv"}, "", ["bad.tsv: is empty"]),
         ({"--train_file": "bad.tsv"}, "label\ttext\n", ["bad.tsv: has no rows"]),
-        ({"--train_file": "bad.tsv"}, "label\ttext\na\tx\nb\n", ["bad.tsv: line 3: has 1 fields, expected at least 2"]),
+        ({"--train_file": "bad.tsv"}, "label\ttext\na\tx\nb\n", ["bad.tsv: line 3: has 1 fields, expected 2, as the header has"]),
         ({"--train_file": "bad.tsv"}, "label\ttext\na\tx\n", ["bad.tsv: the only label is 'a'"]),
         ({"--validation_file": "bad.tsv"}, "label\ttext\naustin\tx\n", ["bad.tsv: line 2: label 'austin'", "austen, bierce"]),
-        ({"--regression": None}, None, ["train.tsv: line 2: label '", "is not a number"]),
+        ({"--regression": None}, None, ['train.tsv: line 2: label is "', "expected a number"]),
         ({"--train_file": "bad.jsonl"}, '{"label": 1, "text": "x"}\n{"label": 2}\n', ["bad.jsonl: line 2: has no column 'text'"]),
         ({"--train_file": "bad.jsonl"}, '{"label": 1, "text": ["x"]}\n', ['bad.jsonl: line 1: text is ["x"]']),
         ({"--train_file": "bad.jsonl"}, '{"label": 1,\n', ["bad.jsonl: line 1: not valid JSON"]),
@@ -296,7 +284,7 @@ def test_bad_input(
             flags += [flag, tmp_path / value if (isinstance(value, str) and "." in value) or value == "none" else value]
             if isinstance(value, str) and value.startswith("bad") and content is not None:
                 (tmp_path / value).write_text(content)
-    status, _, err = command("train", *flags)
+    status, _, err = command("classify", *flags)
     assert status == 2
     assert err.count("error:") == 1
     assert all(word in err for word in words), err
@@ -316,17 +304,17 @@ def test_tables_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lengths", [(3, 3), (20, 3), (3, 20), (20, 20), (20, 9), (0, 30)])
 def test_truncation_is_longest_first(lengths: tuple[int, int], sentence_piece: Tokenizer) -> None:
     texts = ["the " * length for length in lengths]
-    whole = make_inputs(sentence_piece, texts[:1], texts[1:], 1000)
-    found = make_inputs(sentence_piece, texts[:1], texts[1:], 20)
-    counts = [whole.segments[0].count(0) - 2, whole.segments[0].count(1) - 1]
+    whole = make_inputs(sentence_piece, [tuple(texts)], 1000)
+    found = make_inputs(sentence_piece, [tuple(texts)], 20)
+    counts = [whole.segments(0).count(0) - 2, whole.segments(0).count(1) - 1]
     assert found.num_truncated == (sum(counts) > 17)
     while sum(counts) > 17:  # the plain definition
         counts[counts[1] >= counts[0]] -= 1
-    assert found.segments[0] == [0] * (counts[0] + 2) + [1] * (counts[1] + 1)
+    assert found.segments(0) == [0] * (counts[0] + 2) + [1] * (counts[1] + 1)
     sos, eos = sentence_piece.sos_id, sentence_piece.eos_id
-    start = whole.segments[0].count(0)
-    ids = whole.ids[0]
-    assert found.ids[0] == [sos, *ids[1 : counts[0] + 1], eos, *ids[start : start + counts[1]], eos]
+    start = whole.segments(0).count(0)
+    ids = whole.ids[0].tolist()
+    assert found.ids[0].tolist() == [sos, *ids[1 : counts[0] + 1], eos, *ids[start : start + counts[1]], eos]
 
 
 def test_metrics_are_the_libraries() -> None:
@@ -361,7 +349,7 @@ def test_learning_rate() -> None:
 
 def test_layers_learn_at_their_own_rate(trained: Path) -> None:
     model = Classifier.load(trained).model
-    groups = parameter_groups(model, TrainSettings(layer_decay=0.5))
+    groups = parameter_groups(model, 0.01, 0.5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scales = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert scales.keys() == set(names.values())

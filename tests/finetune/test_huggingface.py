@@ -16,7 +16,8 @@ from support import run_command
 from data_prep.tokenizer import Tokenizer
 from finetune.convert import ConvertSettings, convert
 from finetune.huggingface import register
-from finetune.search import Rules, SearchSettings, decode
+from finetune.search import decode
+from finetune.search_settings import Rules, SearchSettings
 from finetune.weights import load_pretrained
 from pretrain.export import write_export
 from pretrain.layout import encoder_layout, seq2seq_layout

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from support import DEEPSPEED_CONFIGS
 
 from finetune.classify import ClassifyTask, Part
-from finetune.classify_model import Classifier, Target, make_inputs
+from finetune.classify_data import Target, make_inputs
+from finetune.classify_model import Classifier
 from finetune.optimizer import WholeState, deepspeed_config
 from finetune.processes import Processes
 from finetune.tables import read_table
@@ -45,7 +46,7 @@ def train(
     pretrained = load_pretrained(folder / "weights")
     rows = read_table(folder / "train.tsv", ["text", "label"]).rows[:NUM_SAMPLES]
     labels = sorted({label for _, label in rows})
-    inputs = make_inputs(pretrained.tokenizer, [text for text, _ in rows], None, 32)
+    inputs = make_inputs(pretrained.tokenizer, [(text,) for text, _ in rows], 32)
     classifier = Classifier.make(
         pretrained.model, pretrained.tokenizer, Target(tuple(labels)), 32, processes, settings.seed
     )
