@@ -65,7 +65,8 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     if "deepspeed_config" in request:
         path = Path(request["deepspeed_config"])
         values["DeepSpeed JSON"] = sha256_of_file(path) if path.is_file() else "absent"
-    note("ports", lambda: "; ".join(taken_ports(request.get("ports", []))) or None)
+    for port in request.get("ports", []):
+        note("ports", partial(port_fault, port))
     return {
         "host": socket.gethostname(), "address": own_address(), "gpus": num_gpus(), "values": values, "faults": faults
     }  # fmt: skip
@@ -179,17 +180,6 @@ def sample_data(folder: Path) -> str | None:
         data.read_chunk("train", chunk, mask_set=0)
     data.close()
     return None
-
-
-def taken_ports(ports: list[int]) -> Iterator[str]:
-    """The ports that nobody could listen on now."""
-    for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                yield f"port {port}: {error.strerror}"
 
 
 def all_reduce() -> dict[str, Any]:
