@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from finetune.processes import Processes
+from pretrain.distributed import join_ranks
 from pretrain.ds_config import DeepSpeedConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -175,7 +176,7 @@ class _Saved:
         self._stored = safe_open(file, "pt")
         facts = self._stored.metadata()
         self.loss_scaler: dict[str, Any] = json.loads(facts.get("deepspeed_loss_scale", "{}"))
-        self.counters: dict[str, Any] = {"step": int(facts["num_updates"])}
+        self.num_updates = int(facts["num_updates"])
 
     def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         """See Partitions."""
@@ -190,9 +191,9 @@ class PartedState:
     def __init__(
         self, model: nn.Module, task: Loss, groups: list[dict[str, Any]], processes: Processes, config: DeepSpeedConfig
     ) -> None:  # fmt: skip
-        from pretrain.engine import Engine, init_distributed  # here, because DeepSpeed takes seconds to import
+        from pretrain.engine import Engine  # here, because DeepSpeed takes seconds to import
 
-        init_distributed()
+        join_ranks()
         self._model, self._processes = model, processes
         self._engine = Engine(_LossModule(model, task), config, groups)
         self._scales = [group["scale"] for group in groups]

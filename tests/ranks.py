@@ -76,17 +76,13 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, is_joi
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
-    import torch
-    from deepspeed.ops.adam import FusedAdam
-
-    from pretrain import train
+    from pretrain import train  # noqa: F401 (what training needs)
+    from pretrain.distributed import join_ranks
 
     if is_joined:
-        train.init_distributed()
+        join_ranks()
     else:  # what takes seconds is loaded once, not in each child
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (DeepSpeed's engine does)
-
-        FusedAdam([torch.zeros(1, requires_grad=True)])
     while True:
         function, arguments = connection.recv()
         try:
