@@ -36,15 +36,14 @@ class Place:
     local_rank: int = 0
     """Number among the ranks of its host: the number of its GPU."""
     world_size: int = 1
-    local_size: int = 1
-    """Ranks of its host. If the environment does not say how many and there may be several hosts: as many as LOCAL_RANK
-    proves, so that they may share the cores by too small a number; no other result depends on it."""
+    local_size: int | None = 1
+    """Ranks of its host; None if the environment does not say and there may be several hosts (`join_ranks` counts them)."""
     master_addr: str = _HERE
     """Where rank 0 is to be reached."""
     master_port: int = 0
     is_one_host: bool = True
-    """Whether all ranks are on this host: all ranks come to the same answer. Without LOCAL_SIZE or its like, it is so if
-    MASTER_ADDR is a loopback address, at which no other host could reach rank 0."""
+    """Whether all ranks are known to be on this host. Every rank comes to the same answer. If the environment does not say
+    how many ranks are here, they all are if MASTER_ADDR is a loopback address: no other host could reach rank 0 there."""
 
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place:
@@ -59,19 +58,15 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if world_size == 1 and not (address and port):
         return Place()
-    local_size, is_one_host = _local_size(environ, launcher, world_size), True
-    if local_size is not None:
-        is_one_host = local_size == world_size
-    elif address and not _is_loopback(address):
-        local_size, is_one_host = local_rank + 1, False
-    else:
+    local_size = _local_size(environ, launcher, world_size)
+    if local_size is None and (world_size == 1 or not address or _is_loopback(address)):
         local_size = world_size
+    is_one_host = local_size == world_size
     if launcher == "torch":
         if not address or not port:
             raise ValueError(
                 f"RANK is set and {'MASTER_PORT' if address else 'MASTER_ADDR'} is not: start {_program()} by deepspeed, "
-                "torchrun, srun or mpirun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (and LOCAL_SIZE, the "
-                "ranks of the host, if there are several on each of several hosts)"
+                "torchrun, srun or mpirun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             )
     elif launcher == "srun":
         if not address and not is_one_host:
@@ -96,8 +91,8 @@ def take_place() -> Place:
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(place.master_port),
     }
-    if place.is_one_host or any(os.environ.get(name) for name in _LOCAL_SIZES) or in_slurm_step():
-        os.environ["LOCAL_SIZE"] = str(place.local_size)  # where it is known: the next to ask takes it for the truth
+    if place.local_size is not None:
+        os.environ["LOCAL_SIZE"] = str(place.local_size)
     return place
 
 
@@ -202,6 +197,12 @@ def _agreed_by_mpi(rank: int, is_one_host: bool) -> tuple[str, str]:
     agreed: tuple[str, str] = MPI.COMM_WORLD.bcast(mine)
     MPI.Finalize()  # now, because a rank may leave without it later
     return agreed
+
+
+def host_identity() -> str:
+    """Return a text that all ranks of this host have in common, and no other host has."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def own_address() -> str:
