@@ -18,10 +18,10 @@ from safetensors import safe_open
 from torch import nn
 
 from finetune.processes import Processes
+from pretrain.device import Precision, agreed_precision, speeds
 from pretrain.distributed import join_ranks
 from pretrain.ds_config import DeepSpeedConfig
 
-Precision = Literal["fp32", "bf16", "fp16"]
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NORM_ELEMENTS = 1 << 16
@@ -34,6 +34,20 @@ class Loss(Protocol):
 
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """The samples' losses, added up."""
+
+
+PrecisionFlag = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def check_precision(flag: PrecisionFlag) -> None:
+    """Raise ValueError if this device does not compute fast in the precision that the flag names."""
+    if flag != "auto" and (fault := speeds().missing(flag)):
+        raise ValueError(f"--precision {flag}: {fault}")
+
+
+def decide_precision(flag: PrecisionFlag, processes: Processes) -> Precision:
+    """Return the flag's precision, or, for `auto`, the fastest that all processes' devices have."""
+    return agreed_precision(processes.gather(speeds()), ("fp16", "bf16", "fp32"), None) if flag == "auto" else flag
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -150,7 +150,7 @@ def examine(hosts: Hosts, args: Any) -> Iterator[Check]:
     inputs: Inputs | None = None
     if args.deepspeed_config:
         try:
-            inputs = check_inputs(args, hosts.world_size)
+            inputs = check_inputs(args, hosts.world_size, device=None)  # each host is asked below
             sizes = inputs.batch_sizes
             yield Check(
                 "settings", "ok",

@@ -101,12 +101,10 @@ class DeepSpeedConfig:
         """Return a copy that enables this one of `allowed_precisions` and no other."""
         assert precision in self.allowed_precisions
         decided = copy.copy(self)
-        switches = {
-            name: {**self.values[name], "enabled": name == precision}
-            for name in _HALF_PRECISIONS
-            if name in self.values
-        }
-        decided.values = {**self.values, **switches}
+        decided.values = dict(self.values)
+        for name in _HALF_PRECISIONS:
+            if name in self.values:
+                decided.values[name] = {**self.values[name], "enabled": name == precision}
         return decided
 
     def precision_fault(self, speeds: Speeds) -> str | None:
