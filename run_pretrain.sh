@@ -121,7 +121,7 @@ started=$SECONDS
 export PATH="$PWD/.venv/bin:$PATH"
 
 ranks=${ranks:-${SLURM_NTASKS_PER_NODE-}}
-ranks_and_accelerator=$(python -m pretrain.local_ranks --count ${ranks:+--ranks "$ranks"})
+ranks_and_accelerator=$(python -m pretrain.local_ranks --count ${ranks:+--ranks "$ranks"} ${master_port:+--master_port "$master_port"})
 read -r ranks accelerator <<<"$ranks_and_accelerator"
 [ "$accelerator" = cuda ] || export DS_ACCELERATOR=cpu
 

@@ -41,9 +41,11 @@ class Place:
     master_addr: str = _HERE
     """Where rank 0 is to be reached."""
     master_port: int = 0
-    is_one_host: bool = True
-    """Whether all ranks are known to be on this host. Every rank comes to the same answer. If the environment does not say
-    how many ranks are here, they all are if MASTER_ADDR is a loopback address: no other host could reach rank 0 there."""
+
+    @property
+    def is_one_host(self) -> bool:
+        """Whether all ranks are known to be on this host; every rank comes to the same answer."""
+        return self.local_size == self.world_size
 
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place:
@@ -60,7 +62,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
         return Place()
     local_size = _local_size(environ, launcher, world_size)
     if local_size is None and (world_size == 1 or not address or _is_loopback(address)):
-        local_size = world_size
+        local_size = world_size  # no other host could reach rank 0
     is_one_host = local_size == world_size
     if launcher == "torch":
         if not address or not port:
@@ -78,7 +80,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
         port = port or str(slurm_port(_number(environ, "SLURM_JOB_ID", launcher)))
     elif not address or not port:
         address, port = _agreed_by_mpi(rank, is_one_host)
-    return Place(rank, local_rank, world_size, local_size, address, _port(port), is_one_host)
+    return Place(rank, local_rank, world_size, local_size, address, _port(port))
 
 
 def take_place() -> Place:

@@ -1,7 +1,7 @@
 """Ranks on this machine, one a visible GPU; without GPUs two by default.
 
   python -m pretrain.local_ranks [--ranks N] [--master_port N] run_pretrain.py FLAGS    start them
-  python -m pretrain.local_ranks --count [--ranks N]                                    print their number, and cuda or cpu
+  python -m pretrain.local_ranks --count [--ranks N] [--master_port N]                  check, and print their number and cuda or cpu
 
 The command `deepspeed` replaces CUDA_VISIBLE_DEVICES by 0, 1, ... when it is given a number of ranks, cannot read the UUIDs of
 GPUs and MIG instances, and always takes port 29500. So its second half is started here, with the names of the visible GPUs and
@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m pretrain.local_ranks", description=__doc__)
     parser.add_argument("--ranks", type=int, metavar="N", help="by default one a visible GPU, 2 without GPUs")
     parser.add_argument("--master_port", type=int, metavar="N", help="where they meet; by default a free port")
-    parser.add_argument("--count", action="store_true", help="print how many there would be, and end")
+    parser.add_argument("--count", action="store_true", help="only print how many there would be, and cuda or cpu")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="what each rank runs")
     args = parser.parse_args(words)
     if bool(args.program) == args.count:
@@ -70,11 +70,11 @@ def main(words: Sequence[str] | None = None) -> int:
     def start() -> None:
         gpus = gpus_to_use()
         names = names_of_ranks(args.ranks, gpus)
+        if args.master_port and (fault := port_fault(args.master_port)):
+            raise ValueError(f"--master_port: {fault}, perhaps by another run; without the flag a free one is taken")
         if args.count:
             print(len(names), "cuda" if gpus else "cpu")
             return
-        if args.master_port and (fault := port_fault(args.master_port)):
-            raise ValueError(f"--master_port: {fault}; another run may have it. Without the flag a free one is taken")
         if not gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
         os.execv(sys.executable, launch_command(names, args.master_port or free_port(), args.program))
