@@ -34,6 +34,7 @@ from pretrain.layout import Layout, Objective, pseudo_masked_layout
 from pretrain.memory import Memory, checkpoint_bytes, num_parameters, number_bytes, passing, states
 from pretrain.model import PMLMConfig
 
+_PAPERS_RECIPE = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 STAGES = (0, 1, 2, 3)
 SCALING_GPUS = tuple(2**power for power in range(11))
 _RUN_FLAGS = (
@@ -454,8 +455,14 @@ def write(plan: Plan, folder: Path) -> tuple[Path, Path]:
 def make_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="python -m pretrain.plan", description=__doc__)
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/zero2.json"), metavar="JSON",
-                        help="the recipe: batch, steps, precision, ZeRO stage")  # fmt: skip
+    shipped, here = _PAPERS_RECIPE, Path.cwd()
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=shipped.relative_to(here) if shipped.is_relative_to(here) else shipped,
+        metavar="JSON",
+        help="the recipe: batch, steps, precision, ZeRO stage",
+    )
     parser.add_argument(
         "--data",
         type=Path,
