@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Sets up .venv with the pinned versions of requirements.txt; `./setup.sh dev` adds those of requirements-dev.txt.
+# Sets up .venv with the pinned versions of requirements.txt; `./setup.sh dev` adds those of requirements-dev.txt, which
+# `make test` needs, and `./setup.sh all` also the programs that `make test-all` needs.
 # What is installed already is left alone. PYTHON chooses the interpreter (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 main() {
     files=(requirements.txt)
-    [ "${1:-}" = dev ] && files+=(requirements-dev.txt)
+    case "${1:-}" in dev | all) files+=(requirements-dev.txt) ;; esac
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "setup.sh: error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.11" >&2
@@ -18,7 +19,7 @@ main() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
     command -v c++ >/dev/null || missing+=(g++)
-    if [ "${1:-}" = dev ]; then  # the tests run real sshd, pdsh, mpirun, Slurm and Chromium
+    if [ "${1:-}" = all ]; then  # the heavy tests run real sshd, pdsh, mpirun, Slurm and Chromium
         [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
         command -v ssh >/dev/null || missing+=(openssh-client)
         command -v pdsh >/dev/null || missing+=(pdsh)
