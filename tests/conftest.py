@@ -50,7 +50,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def end_what_it_started(request: pytest.FixtureRequest) -> Iterator[None]:
     """So that a failed test does not take the cores from the next."""
     yield
-    if "slow" in request.keywords:
+    if {"slow", "heavy"} & set(request.keywords):
         kill_left_processes(request.node.nodeid)
 
 
