@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_as_ranks, run_command
+from support import (
+    REPOSITORY,
+    RUN_IN_ANY_PRECISION,
+    assert_user_error,
+    deepspeed_json,
+    environment,
+    free_port,
+    run_as_ranks,
+    run_command,
+)
 
 from pretrain.metrics import MEASURED, read_records
 
@@ -36,7 +45,7 @@ def config(tmp_path: Path) -> Path:
 
 def flags(config: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [
-        "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(data), "--run", str(run), *MODEL,
+        RUN_IN_ANY_PRECISION, "--deepspeed_config", str(config), "--data", str(data), "--run", str(run), *MODEL,
         "--log_every_steps", "1", "--validate_every_steps", "5", "--save_every_steps", "3", "--keep_last", "9", *more,
     ]  # fmt: skip
 
