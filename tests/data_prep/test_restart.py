@@ -139,12 +139,12 @@ def test_killed_before_any_change_to_the_disk(build_small: Build, tmp_path: Path
     assert_killed_anywhere_it_goes_on(build_small, tmp_path, min_changes=30)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_killed_before_every_fifth_change_while_duplicates_are_dropped(build_small: Build, tmp_path: Path) -> None:
     assert_killed_anywhere_it_goes_on(partial(build_small, **CLEANED), tmp_path, min_changes=90, step=5)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_remask_killed_before_any_change_to_the_disk(undisturbed: Path, tmp_path: Path) -> None:
     def make(folder: Path) -> bool:
         with LocalProcesses(1) as processes:

@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Path:
 def flags(config: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [
         RUN_IN_ANY_PRECISION, "--deepspeed_config", str(config), "--data", str(data), "--run", str(run), *MODEL,
-        "--log_every_steps", "1", "--validate_every_steps", "5", "--save_every_steps", "3", "--keep_last", "9", *more,
+        "--log_every_steps", "1", "--validate_every_steps", "5", "--save_every_steps", "3", "--keep_last", "9", "--validation_samples", "64", *more,
     ]  # fmt: skip
 
 
@@ -79,14 +79,14 @@ def waiting(self):
         time.sleep(1)
     return next_step(self)
 BatchesAhead.next_step = waiting
-runpy.run_path("run_pretrain.py", run_name="__main__")
+runpy.run_path({script!r}, run_name="__main__")
 """
 
 
 def train_until_killed(flags: list[str], run: Path, step: int) -> None:
     """Start two ranks, which wait after the step behind `step`; when that is recorded, kill -9 the launcher and them."""
     script = run.parent / "waiting.py"
-    script.write_text(RUN_THAT_WAITS.format(repository=str(REPOSITORY), num_steps=step + 1))
+    script.write_text(RUN_THAT_WAITS.format(repository=str(REPOSITORY), num_steps=step + 1, script=flags[0]))
     command = two_ranks(str(script), *flags[1:])
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
     while not any(r["kind"] == "train" and r["step"] >= step for r in read_records(run)):
