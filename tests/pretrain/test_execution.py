@@ -35,7 +35,7 @@ def losses_and_gradients(model: PMLM, layout: Layout, seed: int = 0) -> dict[str
     return {**found, "ae": losses.ae_sum.detach(), "par": losses.par_sum.detach()}
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_compiled_once_for_all_steps_with_the_same_losses() -> None:
     plain, compiled = make_model(), make_model()
     compiled.compile_layers()
