@@ -18,10 +18,11 @@ from safetensors import safe_open
 from torch import nn
 
 from finetune.processes import Processes
+from pretrain.device import Precision, agreed_precision, speeds
+from pretrain.distributed import join_ranks
 from pretrain.ds_config import DeepSpeedConfig
 from pretrain.model import has_weight_decay
 
-Precision = Literal["fp32", "bf16", "fp16"]
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NORM_ELEMENTS = 1 << 16
@@ -34,6 +35,20 @@ class Loss(Protocol):
 
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """The samples' losses, added up."""
+
+
+PrecisionFlag = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def check_precision(flag: PrecisionFlag) -> None:
+    """Raise ValueError if this device does not compute fast in the precision that the flag names."""
+    if flag != "auto" and (fault := speeds().missing(flag)):
+        raise ValueError(f"--precision {flag}: {fault}")
+
+
+def decide_precision(flag: PrecisionFlag, processes: Processes) -> Precision:
+    """Return the flag's precision, or, for `auto`, the fastest that all processes' devices have."""
+    return agreed_precision(processes.gather(speeds()), ("fp16", "bf16", "fp32"), None) if flag == "auto" else flag
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -176,7 +191,7 @@ class _Saved:
         self._stored = safe_open(file, "pt")
         facts = self._stored.metadata()
         self.loss_scaler: dict[str, Any] = json.loads(facts.get("deepspeed_loss_scale", "{}"))
-        self.counters: dict[str, Any] = {"step": int(facts["num_updates"])}
+        self.num_updates = int(facts["num_updates"])
 
     def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         """See Partitions."""
@@ -191,9 +206,9 @@ class PartedState:
     def __init__(
         self, model: nn.Module, task: Loss, groups: list[dict[str, Any]], processes: Processes, config: DeepSpeedConfig
     ) -> None:  # fmt: skip
-        from pretrain.engine import Engine, init_distributed  # here, because DeepSpeed takes seconds to import
+        from pretrain.engine import Engine  # here, because DeepSpeed takes seconds to import
 
-        init_distributed()
+        join_ranks()
         self._model, self._processes = model, processes
         self._engine = Engine(_LossModule(model, task), config, groups)
         self._scales = [group["scale"] for group in groups]

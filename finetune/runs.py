@@ -17,6 +17,7 @@ from torch import nn
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, add_flags, flag_values, run_command, tell_error
 from data_prep.files import write_json
 from finetune.model import SUMMARY
+from finetune.optimizer import check_precision
 from finetune.processes import Processes, have_told, is_told, join_processes, leave_processes
 from finetune.trainer import MODEL, Task, Trainer, TrainSettings
 from finetune.weights import Pretrained, load_pretrained
@@ -76,6 +77,7 @@ def add_train_flags(parser: ArgumentParser, without: Sequence[str] = (), **defau
 def settings_of(args: Any) -> tuple[StartSettings, TrainSettings]:
     """What the flags say. Raises ValueError for what they may not be."""
     start, train = from_flags(args, StartSettings), from_flags(args, TrainSettings)
+    check_precision(train.precision)
     if start.grid:
         for name, values in GRID.items():
             default = next(field.default for field in fields(TrainSettings) if field.name == name)

@@ -33,7 +33,15 @@ from data_prep.files import read_json, unfinished_file, write_json
 from finetune.batches import epoch_order, micro_batches
 from finetune.figures import draw_learning_curve
 from finetune.identity import refuse_other
-from finetune.optimizer import Optimizer, PartedState, Precision, WholeState, deepspeed_config, parameter_groups
+from finetune.optimizer import (
+    Optimizer,
+    PartedState,
+    PrecisionFlag,
+    WholeState,
+    decide_precision,
+    deepspeed_config,
+    parameter_groups,
+)
 from finetune.processes import Processes
 from pretrain.lock import hold_run
 from pretrain.metrics import Metrics, read_records
@@ -63,8 +71,9 @@ class TrainSettings:
     """Larger gradients are scaled down to this norm; 0 = never."""
     micro_batch_size: int = 8
     """Samples computed at once; the processes share a batch's micro batches."""
-    precision: Precision = "fp32"
-    """Of matrix products; AdamW and the weights it updates stay in fp32. fp16 has a dynamic loss scale."""
+    precision: PrecisionFlag = "fp32"
+    """Precision of matrix products; AdamW and the weights it updates stay in fp32. fp16 has a dynamic loss scale. `auto`
+    is the fastest precision that the device has."""
     deepspeed_config: Path | None = None
     """DeepSpeed JSON with ZeRO stage 1 or 2 (ds_configs/zero2_finetune.json): each process has a part of AdamW's state."""
     eval_steps: int = 0
@@ -154,11 +163,13 @@ class Trainer:
         self._steps_per_epoch = -(-num_samples // settings.batch_size)
         self._num_steps = self._steps_per_epoch * settings.epochs
         groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+        self._precision = decide_precision(settings.precision, processes)
         self._optimizer: Optimizer
         if settings.deepspeed_config is None:
-            self._optimizer = WholeState(model, task, groups, processes, settings.precision, settings.max_gradient_norm)
+            self._optimizer = WholeState(model, task, groups, processes, self._precision, settings.max_gradient_norm)
         else:
-            config = deepspeed_config(settings.deepspeed_config, chosen, processes.world_size)
+            decided = {**chosen, "precision": self._precision}
+            config = deepspeed_config(settings.deepspeed_config, decided, processes.world_size)
             self._optimizer = PartedState(model, task, groups, processes, config)
         self._progress = _Progress()
 
@@ -191,7 +202,7 @@ class Trainer:
         with bar:
             while progress.step < self._num_steps and not self._is_at_end():
                 loss, norm = self._step()
-                is_skipped = settings.precision == "fp16" and math.isinf(norm)
+                is_skipped = self._precision == "fp16" and math.isinf(norm)
                 if not is_skipped:
                     loss_sum, num_losses = loss_sum + loss, num_losses + 1
                 num_steps += 1
@@ -211,7 +222,7 @@ class Trainer:
                             "loss": loss_sum / max(1, num_losses), "gradient_norm": norm,
                             "samples_per_s": round(samples_per_s, 2),
                             "learning_rate": self._learning_rate(step - 1), "epoch": step / self._steps_per_epoch,
-                            **({"loss_scale": self._optimizer.loss_scale} if settings.precision == "fp16" else {}),
+                            **({"loss_scale": self._optimizer.loss_scale} if self._precision == "fp16" else {}),
                         })  # fmt: skip
                     bar.set_postfix_str(f"loss {loss_sum / max(1, num_losses):.4f}{self._best_in_words()}")
                     loss_sum, num_losses, num_steps, started = 0.0, 0, 0, time.monotonic()

@@ -29,11 +29,17 @@ TESTS_MARK = "PMLM_TESTS"
 DEEPSPEED_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 RECIPES = [path for path in DEEPSPEED_CONFIGS if "finetune" not in path.name]
 """Those for pre-training."""
-PRECISIONS = {path: "bf16" if path.stem == "zero2_tiny" else "fp16" for path in RECIPES}
-"""What each is trained in."""
+RUN_IN_ANY_PRECISION = str(REPOSITORY / "tests" / "any_precision.py")
+"""run_pretrain.py, for a CPU without fp16 arithmetic too."""
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50
+
+
+def pinned_versions() -> dict[str, str]:
+    """Return the versions of requirements.txt by package, as it names them."""
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line[:1].isalpha())
 
 
 def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_length: int = 11) -> SampleBatch:
@@ -68,8 +74,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def deepspeed_json(path: Path, **changes: Any) -> Path:
-    """A DeepSpeed JSON for two-rank tests: `ds_configs/zero2_local.json` with some keys replaced (None: removed)."""
-    values = json.loads((REPOSITORY / "ds_configs" / "zero2_local.json").read_text()) | changes
+    """Write a DeepSpeed JSON for two-rank tests: `ds_configs/zero2_local.json` with some keys replaced (None: removed).
+
+    Its precision is the device's, unless fp16 or bf16 is among the changes.
+    """
+    values = json.loads((REPOSITORY / "ds_configs" / "zero2_local.json").read_text())
+    if changes.keys() & {"fp16", "bf16"}:
+        del values["fp16"], values["bf16"]
+    values |= changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return path
 
