@@ -84,7 +84,7 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-_KINDS = {
+KINDS = {
     "pmlm": "a pre-trained model; fine-tune it, or pass it as --weights",
     "pmlm-classifier": "what `python -m finetune classify` writes",
     "pmlm-question-answerer": "what `python -m finetune answer` writes",
@@ -100,7 +100,7 @@ def model_kind(folder: Path) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("format") not in _KINDS:
+    if not isinstance(config, dict) or config.get("format") not in KINDS:
         raise ValueError(
             f"{folder / CONFIG}: no fine-tuned model's; expected the folder of a run of `python -m finetune`"
         )
@@ -115,7 +115,7 @@ def load_model(folder: Path, cls: type[_M]) -> tuple[_M, Tokenizer, dict[str, An
     folder = model_folder(folder)
     config = _read_config(folder)
     if config["format"] != cls.kind:
-        raise ValueError(f"{folder / CONFIG}: is {_KINDS[config['format']]}; expected {_KINDS[cls.kind]}")
+        raise ValueError(f"{folder / CONFIG}: is {KINDS[config['format']]}; expected {KINDS[cls.kind]}")
     if config.get("version") != _VERSION:
         raise ValueError(
             f"{folder / CONFIG}: is of version {config.get('version')} of its format, and this program reads version {_VERSION}; train "

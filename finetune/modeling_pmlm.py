@@ -244,6 +244,13 @@ class _Predictions(nn.Module):
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.transform(vectors)) + self.bias  # type: ignore[no-any-return]
 
+    def replace_decoder(self, decoder: nn.Linear) -> None:
+        """Take another output embedding, perhaps of more or fewer tokens."""
+        self.decoder = decoder
+        num_more = len(decoder.weight) - len(self.bias)
+        if num_more:
+            self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, num_more)), requires_grad=self.bias.requires_grad)
+
 
 class _Heads(nn.Module):
     def __init__(self, config: PMLMConfig) -> None:
@@ -355,8 +362,8 @@ class PMLMForMaskedLM(PMLMPreTrainedModel):
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output embedding."""
-        self.cls.predictions.decoder = value
+        """Replace the output embedding; added tokens get a bias of 0."""
+        self.cls.predictions.replace_decoder(value)
 
     def forward(
         self,
@@ -497,8 +504,19 @@ class PMLMForConditionalGeneration(PMLMPreTrainedModel, GenerationMixin):  # typ
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output embedding."""
-        self.cls.predictions.decoder = value
+        """Replace the output embedding; added tokens get a bias of 0."""
+        self.cls.predictions.replace_decoder(value)
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, **settings: Any
+    ) -> torch.Tensor | Any:
+        """Write targets, see GenerationMixin; beam search ends only when no hypothesis can become better, as ours."""
+        num_beams = settings.get("num_beams") or (generation_config or self.generation_config).num_beams or 1
+        if num_beams > 1:
+            settings.setdefault("early_stopping", "never")
+        elif generation_config is None:
+            settings.setdefault("length_penalty", 1.0)  # which greedy search has not
+        return super().generate(inputs, generation_config, **settings)
 
     def get_encoder(self, modality: str | None = None) -> Any:
         """What reads sources."""
@@ -516,12 +534,11 @@ class PMLMForConditionalGeneration(PMLMPreTrainedModel, GenerationMixin):  # typ
         token_type_ids: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: torch.Tensor | None = None,
         **others: Any,
     ) -> Any:
         """Logits [B, T, vocabulary] of the token behind each decoder token. `attention_mask` is the source's, padded behind;
-        `token_type_ids` are what tokenizers give, and of no effect: all of a source is of the first segment; `cache_position` is what
-        `generate` gives, and is known from the cache. Raises ValueError for what else has no effect here.
+        `token_type_ids` are what tokenizers give, and of no effect: all of a source is of the first segment.
+        Raises ValueError for what else has no effect here.
 
         With `labels`, decoder tokens are by default those before them; labels of -100 do not count.
         """

@@ -21,11 +21,12 @@ import torch
 from data_prep.files import read_json
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from finetune.model import load_model, model_folder
+from finetune.model import KINDS, load_model, model_folder, model_kind
 from finetune.seq2seq_model import Seq2SeqModel
 from pretrain.checkpoint import MANIFEST, checkpoints_folder
 from pretrain.export import (
     CONFIG,
+    FORMAT,
     POOLER,
     TIED,
     StoredModel,
@@ -117,23 +118,29 @@ def read_pretrained(path: Path, *, tokenizer: Path | None = None) -> tuple[Store
         if is_export(path):
             return read_export(path), ()
         return (read_run(path) if is_run else read_run(path.parent.parent, checkpoint=path)), ()
-    if (fine_tuned := _read_seq2seq(path)) is not None:
-        return fine_tuned, ()
+    if (kind := fine_tuned_kind(path)) == Seq2SeqModel.kind:
+        return _read_seq2seq(path), ()
+    if kind is not None:
+        raise ValueError(
+            f"{path}: is {KINDS[kind]}; expected a pre-trained model, or one that `python -m finetune seq2seq` wrote"
+        )
     return _read_foreign(path, tokenizer)
 
 
-def _read_seq2seq(path: Path) -> StoredModel | None:
-    """What `python -m finetune seq2seq` wrote, which is a PMLM as well; None for anything else."""
+def fine_tuned_kind(path: Path) -> str | None:
+    """Return the kind of a fine-tuned model, as config.json names it; None if `path` holds none."""
     try:
-        folder = model_folder(path)
-        config = read_json(folder / CONFIG)
+        kind = model_kind(path)
     except (OSError, ValueError):
         return None
-    if not isinstance(config, dict) or config.get("format") != Seq2SeqModel.kind:
-        return None
-    model, tokenizer, _ = load_model(folder, Seq2SeqModel)
+    return kind if kind != FORMAT else None
+
+
+def _read_seq2seq(path: Path) -> StoredModel:
+    """Return what `python -m finetune seq2seq` wrote, which is a PMLM as well."""
+    model, tokenizer, _ = load_model(path, Seq2SeqModel)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return StoredModel(folder, model.config, weights, tokenizer)
+    return StoredModel(model_folder(path), model.config, weights, tokenizer)
 
 
 def with_head(stored: StoredModel) -> StoredModel:
