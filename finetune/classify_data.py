@@ -275,7 +275,7 @@ class Inputs:
 
 def make_inputs(tokenizer: Tokenizer, rows: Iterable[tuple[str, ...]], max_length_tokens: int) -> Inputs:
     """Tokenize rows of one text or of two, truncate them and add the special tokens."""
-    sos, eos = tokenizer.sos_id, tokenizer.eos_id
+    sos, eos = (np.array([i], dtype=np.int32) for i in (tokenizer.sos_id, tokenizer.eos_id))
     made, num_first, num_truncated = TokenListsBuilder(tokenizer.vocab_size), list[np.ndarray](), 0
     for chunk in in_chunks(rows):
         ids, firsts = [], []
@@ -286,7 +286,7 @@ def make_inputs(tokenizer: Tokenizer, rows: Iterable[tuple[str, ...]], max_lengt
                 num_truncated += 1
                 kept_b = min(len(b), max(room // 2, room - len(a)))
                 a, b = a[: room - kept_b], b[:kept_b]
-            ids.append(np.concatenate([[sos], a, [eos], *([b, [eos]] if len(parts) == 2 else [])]))
+            ids.append(np.concatenate([sos, a, eos, *([b, eos] if len(parts) == 2 else [])]))
             firsts.append(len(a) + 2)
         made.add(ids)
         num_first.append(np.array(firsts, dtype=np.int32))

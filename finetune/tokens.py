@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.tokenizer import Tokenizer
 
-TEXTS_AT_ONCE = 1024
+TEXTS_AT_ONCE = 256
 """Texts that are tokenized in one call: many enough to be fast, few enough to take no memory worth counting."""
 _T = TypeVar("_T")
 

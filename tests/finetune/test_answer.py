@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import REPOSITORY
@@ -17,6 +19,7 @@ from torchmetrics.functional.text import squad as published_squad
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Answerer
 from finetune.answer_data import AnswerSettings, encode_passage, make_windows
+from finetune.answer_model import Answer, best_answers
 from finetune.squad import Question, best_threshold, f1, normalize_answer, read_squad, squad_metrics
 from pretrain.export import StoredModel, write_export
 from pretrain.model import PMLM, PMLMConfig
@@ -117,6 +120,114 @@ def test_every_answer_is_in_a_window(entries: list[tuple[str, str]], tokenizer: 
     assert is_found == {*range(len(questions))}
     assert not found.answerless
     assert all(tokens == {*range(len(all_spans[number]))} for number, tokens in seen.items())
+
+
+@pytest.mark.parametrize(
+    ("max_length_tokens", "settings", "expected"),
+    [
+        (384, AnswerSettings(), 128), (128, AnswerSettings(), 32), (97, AnswerSettings(), 1),
+        (128, AnswerSettings(max_answer_tokens=1), 61), (128, AnswerSettings(stride_tokens=32), 32), (384, AnswerSettings(stride_tokens=288), 288),
+    ],
+)  # fmt: skip
+def test_the_default_stride_leaves_every_answer_in_a_window(
+    max_length_tokens: int, settings: AnswerSettings, expected: int
+) -> None:
+    assert settings.stride(max_length_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_length_tokens", "settings", "words"),
+    [
+        (128, AnswerSettings(stride_tokens=128), "--stride_tokens 128: --max_length_tokens 128 leaves 61 tokens for a passage .* expected at most 32"),
+        (384, AnswerSettings(stride_tokens=289), "--stride_tokens 289: .* expected at most 288, so that each is in a window"),
+        (96, AnswerSettings(), "--max_length_tokens 96 leaves 29 tokens .* expected at least --max_answer_tokens 30"),
+        (40, AnswerSettings(), "--max_length_tokens 40 leaves 0 tokens"),
+    ],
+)  # fmt: skip
+def test_a_stride_that_loses_answers_is_refused(max_length_tokens: int, settings: AnswerSettings, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settings.stride(max_length_tokens)
+
+
+@pytest.mark.parametrize("stride_tokens", [None, 7])
+def test_no_token_of_a_passage_and_no_answer_is_lost(stride_tokens: int | None, sentence_piece: Tokenizer) -> None:
+    """Every span of up to `max_answer_tokens` tokens of a long passage, as an answer."""
+    passage = " ".join(f"word{number} of the man" for number in range(40))
+    _, spans = encode_passage(sentence_piece, passage)
+    settings = AnswerSettings(stride_tokens=stride_tokens, max_question_tokens=4, max_answer_tokens=6)
+    answers = [
+        (spans[first][0], spans[min(first + length, len(spans)) - 1][1])
+        for first in range(0, len(spans), 3)
+        for length in (1, 3, 6)
+    ]
+    answers = [(start, stop) for start, stop in answers if start < stop]
+    questions = [
+        Question(str(number), "which word of the man is it?", passage, (passage[start:stop],), start)
+        for number, (start, stop) in enumerate(answers)
+    ]
+    found = make_windows(sentence_piece, questions, 24, settings)
+    assert found.num_cut_questions == len(questions)
+    assert len(found.passages) == 1
+    assert found.answerless == frozenset()
+    is_there = found.targets_W2.any(axis=1)
+    assert {*found.question_of_W[is_there].tolist()} == {*range(len(questions))}
+    for window in found.question_of_W.nonzero()[0][:50].tolist():
+        ids = found.passages[0][found.first_W[window] :][: found.num_tokens_W[window]].tolist()
+        assert found.ids(window)[-len(ids) - 1 : -1] == ids
+
+
+def test_an_answer_in_no_window_is_left_out_and_counted(
+    folder: Path, entries: list[tuple[str, str]], command: Command, tmp_path: Path
+) -> None:
+    file = json.loads(squad_json(tmp_path / "x.json", entries[:3], is_v2=False).read_text())
+    for paragraph in file["data"][0]["paragraphs"][:2]:  # of many windows, and of as many as an answer has tokens
+        paragraph["context"] = paragraph["context"] * 3
+        paragraph["qas"][0]["answers"][0]["text"] = paragraph["context"]
+    (tmp_path / "x.json").write_text(json.dumps(file))
+    status, _, err = command(
+        "answer", "--weights", folder / "weights", "--epochs", 1, "--max_length_tokens", 64, "--max_question_tokens", 8, "--output",
+        tmp_path / "run", "--train_file", tmp_path / "x.json", "--validation_file", tmp_path / "x.json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "x.json: 2 of 3 questions are left out: their answer has more tokens than fit in a window" in err
+    assert "x.json: 1 questions in " in err
+
+
+def test_the_best_answers_are_those_of_their_definition() -> None:
+    """Of all windows: spans by start + end, the smallest score of no answer, probabilities among those kept."""
+    draw = np.random.default_rng(0)
+    passage = "abcdefgh"
+    spans = [(place, place + 1) for place in range(8)]
+    settings = AnswerSettings(max_answer_tokens=3, num_best=64)
+    windows = [(0, draw.normal(size=(6, 2))), (3, draw.normal(size=(6, 2)))]
+    best, none = best_answers(passage, spans, windows, settings)
+    assert none == pytest.approx(min(scores[0].sum() for _, scores in windows))
+    assert none != pytest.approx(max(scores[0].sum() for _, scores in windows))
+    expected: dict[tuple[int, int], float] = {}
+    for first, scores in windows:
+        for start in range(5):
+            for end in range(start, min(5, start + 3)):
+                key, score = (first + start, first + end + 1), scores[1 + start, 0] + scores[1 + end, 1]
+                expected[key] = max(score, expected.get(key, -math.inf))
+    ordered = sorted(expected.items(), key=lambda item: -item[1])
+    assert [(a.text, a.start) for a in best] == [(passage[a:b], a) for (a, b), _ in ordered]
+    assert [a.score for a in best] == pytest.approx([score for _, score in ordered])
+    odds = np.exp([a.score for a in best])
+    assert [a.probability for a in best] == pytest.approx(odds / odds.sum())
+
+
+def test_no_answer_is_above_the_threshold_only() -> None:
+    answerer = Answerer.__new__(Answerer)
+    best = [Answer("x", 1.0)]
+    for threshold, none, expected in (
+        (None, 9.0, "x"),
+        (2.0, 3.0, "x"),
+        (2.0, 3.1, ""),
+        (-1.0, 0.0, "x"),
+        (-1.0, 0.1, ""),
+    ):
+        answerer.threshold = threshold
+        assert answerer.choose(best, none).text == expected
 
 
 def test_offsets_are_of_the_text(tokenizer: Tokenizer) -> None:

@@ -27,6 +27,7 @@ from finetune import Classifier
 from finetune.__main__ import main
 from finetune.batches import epoch_order, micro_batches, prediction_batches
 from finetune.classify_data import make_inputs
+from finetune.figures import draw_confusion_matrix, drawable
 from finetune.glue import GLUE
 from finetune.metrics import classification_metrics, regression_metrics
 from finetune.optimizer import parameter_groups
@@ -163,7 +164,14 @@ def test_regression_of_pairs_with_seeds_in_bf16(folder: Path, command: Command, 
     assert summary["standard_deviation"]["pearson"] == pytest.approx(np.std(scores, ddof=1))
     best = max(summary["runs"], key=lambda run: run["validation"]["score"])
     assert summary["best"] == best["name"]
-    values = Classifier.load(tmp_path / "run").predict(["It is a truth.", "A man."], [".hturt a si tI", ".nam A"])
+    regressor = Classifier.load(tmp_path / "run")
+    values = regressor.predict(["It is a truth.", "A man."], [".hturt a si tI", ".nam A"])
+    with pytest.raises(ValueError, match="trained on pairs of texts and is given no second texts"):
+        regressor.predict(["It is a truth."])
+    with pytest.raises(ValueError, match="1 texts and 2 second texts"):
+        regressor.predict(["It is a truth."], ["a", "b"])
+    with pytest.raises(ValueError, match="predicts numbers, which have no probabilities"):
+        regressor.probabilities(["It is a truth."], ["a"])
     assert all(isinstance(value, float) for value in values)
 
 
@@ -233,6 +241,89 @@ def test_glue(name: str, folder: Path, sentences: list[tuple[str, str]], command
             assert all(0 <= float(p) <= 5 for p in predictions)
         else:
             assert predictions <= ({"entailment", "neutral"} if name == "mnli" else {"0", "1"})
+
+
+def test_one_text_is_not_taken_for_many(trained: Path, command: Command) -> None:
+    """Python would take a text for a list of its characters."""
+    classifier = Classifier.load(trained)
+    for call in (classifier.predict, classifier.probabilities, classifier.inputs):
+        with pytest.raises(ValueError, match=r"texts is one text, expected a list of texts; write \[text\]"):
+            call("It is a truth.")
+    with pytest.raises(ValueError, match="pairs is one text"):
+        classifier.predict(["a", "b"], "ab")
+    with pytest.raises(ValueError, match="trained on single texts and is given pairs"):
+        classifier.predict(["a"], ["b"])
+    assert len(classifier.predict(["It is a truth."])) == 1
+    status, _, err = command("predict", "--model", trained, "--text", "a", "--pair", "b")
+    assert (status, "trained on single texts and is given pairs" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ([], "expected either --text or --input"), (["--text", "a", "--input", "x.tsv"], "expected either --text or --input"),
+        (["--text", "a", "--question", "b"], "--question: "), (["--passage", "b"], "is a classifier, which takes no such input"),
+        (["--text", "a", "--text_column", "b"], "--text_column and --pair_column go with --input"),
+    ],
+)  # fmt: skip
+def test_flags_of_predict_that_do_not_fit_are_refused(
+    words: list[str], fault: str, trained: Path, command: Command
+) -> None:
+    status, out, err = command("predict", "--model", trained, *words)
+    assert (status, out) == (2, "")
+    assert fault in err
+
+
+def test_predictions_go_to_a_new_folder(trained: Path, command: Command, tmp_path: Path) -> None:
+    status, _, err = command(
+        "predict", "--model", trained, "--text", "a", "b", "--output", tmp_path / "new" / "dir" / "p.tsv"
+    )
+    assert status == 0, err
+    assert len((tmp_path / "new" / "dir" / "p.tsv").read_text().splitlines()) == 3
+
+
+def test_a_folder_of_another_kind_is_told_in_words(
+    trained: Path, folder: Path, command: Command, tmp_path: Path
+) -> None:
+    for words, fault in (
+        (("predict", "--model", folder / "weights"), "is a pre-trained model; expected one that `classify` or `answer` fine-tuned"),
+        (("generate", "--model", trained, "--text", "a"),
+         "is what `python -m finetune classify` writes; expected what `python -m finetune seq2seq` writes"),
+        (("generate", "--model", folder / "weights", "--text", "a"), "is a pre-trained model; fine-tune it, or pass it as --weights; expected"),
+        (("predict", "--model", tmp_path, "--text", "a"), "no fine-tuned model there; train one first"),
+    ):  # fmt: skip
+        status, _, err = command(*words)
+        assert status == 2
+        assert fault in err
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: no fine-tuned model's; expected the folder of a run"):
+        Classifier.load(tmp_path)
+    values = json.loads((trained / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "version": 1}))
+    with pytest.raises(
+        ValueError, match=r"is of version 1 of its format, and this program reads version 2; train it again"
+    ):
+        Classifier.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [["$a_$", "$_{b$"], ["经济", "体育"], ["\ue123", "x" * 99, "a\tb"], [str(i) for i in range(99)]]
+)
+def test_any_class_names_can_be_drawn(names: list[str], tmp_path: Path) -> None:
+    """Also those that are broken formulas, and those that no font here has."""
+    draw_confusion_matrix(tmp_path / "m.png", [0, 1, 1], [0, 1, 0], names)
+    content = (tmp_path / "m.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
+    assert 300 < width == height <= 3000
+
+
+def test_names_that_no_font_has_are_numbers() -> None:
+    from matplotlib import font_manager
+
+    families, shown = drawable(["austen", "\ue123", "$a_$", "x" * 40], font_manager)
+    assert families == ["DejaVu Sans"]
+    assert shown == ["austen", "1", "$a_$", "x" * 30 + "…"]
 
 
 def test_nine_tasks() -> None:

@@ -298,3 +298,14 @@ def test_a_fine_tuned_model_goes_to_transformers(model: Path, tmp_path: Path) ->
     assert [tokenizer.decode(row, skip_special_tokens=True).split() for row in written] == [
         text.split() for text in ours
     ]
+
+
+def test_one_text_is_not_taken_for_many(model: Path) -> None:
+    writer = Writer.load(model)
+    assert len(writer.write(["the truth"])) == 1
+    for sources, fault in (
+        ("the truth", r"sources is one text, expected a list of texts"), (["the truth", " "], "source 2: expected one text, none of it empty"),
+        ([("the truth", "truth")], "source 1: expected one text, none of it empty, found 2 of them"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=fault):
+            writer.write(sources)  # type: ignore[arg-type]

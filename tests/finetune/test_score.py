@@ -74,6 +74,9 @@ def test_several_references_and_case() -> None:
     assert (scores["exact_match"], scores["chrf"]) == (100, 100)
     assert options["bleu"] != ignoring["bleu"]
     assert "nrefs:2" in options["bleu"]
+    for one in (("a", [["a"]]), (["a"], "a"), (["a"], ["a"])):
+        with pytest.raises(ValueError, match="is one text, expected a list of texts"):
+            text_scores(*one)
     for written, wanted in (([], []), (["a"], []), (["a"], [[]]), (["a", "b"], [["a"], ["a", "b"]])):
         with pytest.raises(ValueError, match="references"):
             text_scores(written, wanted)
@@ -85,10 +88,16 @@ def test_command(command: Command, tmp_path: Path) -> None:
     references.write_text("".join(json.dumps({"src": "x", "tgt": text}) + "\n" for text in [*WANTED, "y"]), "utf-8")
     made_by_file(predictions).write_text(json.dumps({"num_beams": 3}), "utf-8")
     status, out, err = command(
-        "score", "--predictions", predictions, "--references", references, "--output", tmp_path / "s.json"
+        "score",
+        "--predictions",
+        predictions,
+        "--references",
+        references,
+        "--output",
+        tmp_path / "new" / "dir" / "s.json",
     )
     assert status == 0, err
-    result = json.loads((tmp_path / "s.json").read_text())
+    result = json.loads((tmp_path / "new" / "dir" / "s.json").read_text())
     expected, options = text_scores([*WRITTEN, ""], [[text] for text in [*WANTED, "y"]])
     assert result["scores"] == expected
     assert (result["options"], result["num_texts"], result["num_empty"]) == (options, 4, 1)
