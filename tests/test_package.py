@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, run_command
+from support import REPOSITORY, deepspeed_json, run_command
 
 PACKAGES = ("data_prep", "pretrain", "finetune")
+MODULES = ("pmlm.py", "run_pretrain.py")
 OPTIONAL = {"apex", "transformers"}
 """Imported only where they are installed."""
 BY_NAME = {"tensorboard"}
@@ -72,6 +73,13 @@ class Installed:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def pmlm(self, *words: str, status: int = 0) -> str:
+        """Run the console command there; its output, and what it says on stderr if it is to fail."""
+        command = [str(self._python.with_name("pmlm")), *words]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        return done.stderr if status else done.stdout
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
@@ -82,7 +90,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """
     folder = tmp_path_factory.mktemp("package")
     listed = run_command(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.toml", "LICENSE", *PACKAGES, "ds_configs"]
+        [
+            "git",
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "*.toml",
+            "LICENSE",
+            *MODULES,
+            *PACKAGES,
+            "ds_configs",
+        ]
     )
     for name in listed.stdout.splitlines():
         if (REPOSITORY / name).is_file():
@@ -135,3 +154,41 @@ def test_the_installed_package_has_its_files(installed: Installed, data_folder: 
         f"print(len(read_prompts(None, DataSet(Path({str(data_folder)!r})).tokenizer, 64).texts))"
     )
     assert int(installed("-c", prompts)) > 0
+
+
+@pytest.mark.slow
+def test_the_console_command(installed: Installed, data_folder: Path) -> None:
+    assert "pmlm data|pretrain|finetune COMMAND" in installed.pmlm()
+    assert installed.pmlm("--help") == installed.pmlm()
+    assert "error: 'datas': expected data, pretrain or finetune" in installed.pmlm("datas", status=2)
+    assert "error: 'train': expected one of run, export" in installed.pmlm("pretrain", "train", status=2)
+    assert "train-tokenizer" in installed.pmlm("data", "--help")
+    assert "num_samples" in installed.pmlm("data", "inspect", "--data", str(data_folder), "--json")
+    assert "classify" in installed.pmlm("finetune", "--help")
+    assert "batch 7,680 = micro batch" in installed.pmlm("pretrain", "plan")
+    listed = installed.pmlm("pretrain")
+    from pmlm import PRETRAIN
+
+    assert all(f"  {name}" in listed for name in PRETRAIN)
+    told = installed.pmlm("pretrain", "run", "--help")
+    assert "--ranks" in told
+    assert "--deepspeed_config" in told
+
+
+@pytest.mark.slow
+def test_pmlm_pretrain_run_trains(installed: Installed, data_folder: Path) -> None:
+    config = deepspeed_json(installed.folder / "ds.json", train_batch_size=4)
+    words = ["--deepspeed_config", str(config), "--data", str(data_folder), "--run", "trained", "--model", "tiny"]
+    few = ["--max_steps", "1", "--validate_every_steps", "0"]
+    installed.pmlm("pretrain", "run", "--ranks", "1", *words, *few)
+    installed.pmlm("pretrain", "export", "--run", "trained", "--output", "export")
+    assert (installed.folder / "export" / "model.safetensors").is_file()
+
+
+def test_every_command_of_pretraining_is_a_module_with_help() -> None:
+    """All modules with a main are commands, but for those that other commands start."""
+    from pmlm import PRETRAIN, RUN
+
+    with_main = {path.stem for path in (REPOSITORY / "pretrain").glob("*.py") if "\ndef main(" in path.read_text()}
+    assert with_main - {*PRETRAIN} == {"local_ranks", "probe", "torch_build"}
+    assert {*PRETRAIN} - with_main == {RUN}
