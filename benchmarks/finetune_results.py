@@ -86,7 +86,7 @@ def train_there(
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decaying, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate, fused=True,
+        lr=settings.learning_rate or 0.0, fused=True,
     )  # fmt: skip
 
     def batch_of(texts: list[str], places: list[int]) -> Any:
@@ -108,6 +108,8 @@ def train_there(
     of_validation, validated = _texts(validation), validation.names(data.target)
     num_samples, best_state, best_accuracy = len(texts), model.state_dict(), -math.inf
     steps_per_epoch = -(-num_samples // settings.batch_size)
+    assert settings.epochs is not None
+    assert settings.learning_rate is not None
     num_steps = steps_per_epoch * settings.epochs
     targets = data.train.labels.tolist()
     for step in range(num_steps):

@@ -18,8 +18,9 @@ from finetune import answer, classify, convert, generate, score, seq2seq
 from finetune.answer_model import SpanClassifier
 from finetune.classify_model import SequenceClassifier
 from finetune.model import model_kind
+from finetune.optimizer import autocast
 from finetune.processes import Processes
-from finetune.runs import run_with_processes
+from finetune.runs import add_precision_flag, precision_of, run_with_processes
 from finetune.seq2seq_model import Seq2SeqModel
 
 EPILOG = """\
@@ -48,6 +49,7 @@ def _add_predict_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--pair_column", metavar="NAME", help="column of the second texts, for pairs")
     parser.add_argument("--question", metavar="TEXT", help="a question to answer")
     parser.add_argument("--passage", metavar="TEXT", help="where its answer is to be found")
+    add_precision_flag(parser)
 
 
 def _predict(args: Any, processes: Processes) -> None:
@@ -66,7 +68,8 @@ def _predict(args: Any, processes: Processes) -> None:
     if given := [f"--{name}" for name in unfit if getattr(args, name) is not None]:
         model = "a classifier" if kind == SequenceClassifier.kind else "an answerer"
         raise ValueError(f"{given[0]}: {args.model} is {model}, which takes no such input; leave it out")
-    predict(args, processes)
+    with autocast(processes.device, precision_of(args, processes)):
+        predict(args, processes)
 
 
 def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

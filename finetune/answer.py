@@ -15,6 +15,7 @@ from data_prep.console import ArgumentParser, add_flags
 from data_prep.files import write_json
 from finetune.answer_data import AnswerSettings, Windows, make_windows
 from finetune.answer_model import Answer, Answerer
+from finetune.figures import Score
 from finetune.identity import training_identity
 from finetune.processes import Processes
 from finetune.runs import StartSettings, add_train_flags, from_flags, load_start, say, settings_of, train_all
@@ -28,7 +29,8 @@ Answers = Mapping[str, tuple[list[Answer], float]]
 class AnswerTask:
     """See finetune.trainer.Task."""
 
-    score_name, score_sign = "f1", 1.0
+    score = Score("f1", (0.0, 100.0))
+    base_learning_rate, base_epochs = 2e-5, 4
 
     def __init__(
         self, answerer: Answerer, train: Windows, questions: Sequence[Question], validation: Windows, is_v2: bool
@@ -181,7 +183,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--validation_file", type=Path, metavar="PATH", required=True,
                         help="SQuAD's JSON that the best weights and the threshold are chosen by")  # fmt: skip
     add_flags(parser, AnswerSettings)
-    add_train_flags(parser, without=["grid"], output=Path("runs/answer"), epochs=4, max_length_tokens=384)
+    add_train_flags(parser, without=["grid"], output=Path("runs/answer"), max_length_tokens=384)
 
 
 def run(args: Any, processes: Processes) -> None:

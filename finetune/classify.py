@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch import nn
 
 from data_prep.console import ArgumentParser, add_flags
 from data_prep.files import write_whole
-from finetune.classify_data import ColumnSettings, Data, DataSettings, Inputs, Labelled, make_inputs, read_data
+from finetune.classify_data import ColumnSettings, Data, DataSettings, Inputs, Labelled, Target, make_inputs, read_data
 from finetune.classify_model import Classifier
-from finetune.figures import draw_confusion_matrix
+from finetune.figures import Score, draw_confusion_matrix
 from finetune.glue import GlueTask, write_leaderboard_file
 from finetune.identity import training_identity
 from finetune.metrics import classification_metrics, regression_metrics
@@ -37,7 +38,7 @@ class Part:
 class ClassifyTask:
     """See finetune.trainer.Task."""
 
-    score_sign = 1.0
+    base_learning_rate, base_epochs = 2e-5, 10
 
     def __init__(self, classifier: Classifier, train: Part, validation: dict[str, Part], score: Sequence[str]) -> None:
         self._classifier, self._inputs, self._validation, self._score = classifier, train.inputs, validation, score
@@ -47,7 +48,16 @@ class ClassifyTask:
         if target.is_regression:
             self._targets = ((torch.as_tensor(train.labels, dtype=torch.float64) - target.mean) / target.scale).float()
         self._names = [f"{name}{suffix}" for suffix in validation for name in score]
-        self.score_name = self._names[0] if len(self._names) == 1 else f"mean of {' and '.join(self._names)}"
+        name = self._names[0] if len(self._names) == 1 else f"mean of {' and '.join(self._names)}"
+        self.score = Score(name, (0.0, 1.0), self._most_frequent())
+        if set(score) - {"accuracy", "f1"}:  # correlations
+            self.score = Score(name, (-1.0, 1.0), 0.0)
+
+    def _most_frequent(self) -> float | None:
+        """Return the accuracy of always answering the class that is most frequent in validation; None if the score has another part."""
+        if self._score != ("accuracy",):
+            return None
+        return float(np.mean([most_frequent(part)[1] for part in self._validation.values()]))
 
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """See Task."""
@@ -64,6 +74,36 @@ class ClassifyTask:
     def save(self, folder: Path) -> None:
         """See Task."""
         self._classifier.save(folder)
+
+
+def most_frequent(part: Part) -> tuple[int, float]:
+    """Return the class that most rows have, and their share."""
+    counts = np.bincount(np.asarray(part.labels, dtype=np.int64))
+    return int(counts.argmax()), float(counts.max() / counts.sum())
+
+
+def chance_in_words(name: str, part: Part, target: Target, metrics: dict[str, float], suffix: str) -> str | None:
+    """Return a warning if predictions are not clearly better than always the most frequent class, or the mean number; else None.
+
+    "Clearly" is by more than one standard error of an accuracy of as many rows. `metrics`: the validation's.
+    """
+    advice = (
+        "try more --epochs, another --learning_rate (a third, three times), a model pre-trained on more text, or more rows; and see "
+        "whether the labels can be told from the texts"
+    )
+    if target.is_regression:
+        if metrics[f"pearson{suffix}"] > 0:
+            return None
+        return f"warning: {name}: the predictions are no better than always the mean (correlation {metrics[f'pearson{suffix}']:.3f}); {advice}"
+    place, share = most_frequent(part)
+    accuracy = metrics[f"accuracy{suffix}"]
+    if accuracy - share > math.sqrt(share * (1 - share) / len(part.labels)):
+        return None
+    is_worse = "no" if accuracy <= share else "hardly"
+    return (
+        f"warning: {name}: accuracy {accuracy:.4f} of {len(part.labels):,} rows is {is_worse} better than always answering "
+        f"{target.labels[place]!r} ({share:.4f}); {advice}"
+    )
 
 
 def metrics_of(classifier: Classifier, outputs: np.ndarray, labels: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -101,12 +141,16 @@ def train(
     )  # fmt: skip
     summary = train_all(start, settings, pretrained.model, identity, processes, make_task)
     best = Classifier.load(folder, processes)
+    for suffix, part in of_validation.items():
+        name = str(data.validation[suffix].path)
+        if words := chance_in_words(name, part, target, summary["validation"], suffix):
+            say(processes, words)
     if not target.is_regression:
         for suffix, part in of_validation.items():
             predicted = best.outputs(part.inputs).argmax(axis=1)
             if processes.is_first:
-                name = folder / f"confusion_matrix{suffix}.png"
-                draw_confusion_matrix(name, [float(x) for x in part.labels], predicted.tolist(), target.labels)
+                figure_file = folder / f"confusion_matrix{suffix}.png"
+                draw_confusion_matrix(figure_file, [float(x) for x in part.labels], predicted.tolist(), target.labels)
     if data.glue is not None and (source := data.asked[0].data) is not None:
         predict_glue_tests(best, data.glue, source, folder / "test", processes)
     return summary

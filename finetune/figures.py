@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,51 @@ def draw_figure(path: Path, draw: Callable[[Any], None], size: tuple[float, floa
         figure.savefig(partial, format="png", dpi=100)
 
 
-def draw_learning_curve(path: Path, records: Sequence[dict[str, Any]], score_name: str, sign: float) -> None:
-    """Draw training loss and validation score against steps; the score times `sign` is what its name says."""
+@dataclass(frozen=True)
+class Score:
+    """The metric that the best weights are chosen by, and how it is drawn."""
 
-    def draw(figure: Any) -> None:
-        loss, score = figure.subplots(2, 1, sharex=True)
-        for axes, kind, name, factor in ((loss, "train", "loss", 1.0), (score, "validation", "score", sign)):
-            points = [(r["step"], factor * r[name]) for r in records if r["kind"] == kind]
-            axes.plot(*zip(*points, strict=True), marker="." if kind == "validation" else None)
-            axes.set_ylabel(f"{kind} {name if kind == 'train' else score_name}")
-        score.set_xlabel("step")
+    name: str
+    range: tuple[float, float] | None = None
+    """Least and largest value; None if it has no bounds."""
+    chance: float | None = None
+    """Value without any knowledge of the texts; None if it is not known."""
+    sign: float = 1.0
+    """-1 if lower is better, as for a loss: the score is then the metric's negative."""
 
-    draw_figure(path, draw)
+
+def draw_learning_curve(path: Path, records: Sequence[dict[str, Any]], score: Score) -> None:
+    """Draw training loss and validation score against steps, the score on an axis of its whole range."""
+    draw_figure(path, lambda figure: learning_curve(figure, records, score, path.parent.name))
+
+
+def learning_curve(figure: Any, records: Sequence[dict[str, Any]], score: Score, run_name: str) -> None:
+    """Draw on a matplotlib figure, see `draw_learning_curve`."""
+    of_loss, of_score = figure.subplots(2, 1, sharex=True)
+    points = {
+        kind: [(record["step"], factor * record[name]) for record in records if record["kind"] == kind]
+        for kind, name, factor in (("train", "loss", 1.0), ("validation", "score", score.sign))
+    }
+    of_loss.plot(*zip(*points["train"], strict=True))
+    of_loss.set_ylabel("training loss")
+    of_loss.set_ylim(bottom=0)
+    of_score.plot(*zip(*points["validation"], strict=True), marker=".", label="validation")
+    of_score.set_ylabel(f"{score.name} in validation")
+    of_score.set_xlabel("step")
+    step, value = max(points["validation"], key=lambda point: score.sign * point[1])
+    if score.chance is not None:
+        label = "most frequent class" if score.chance else "no relation"
+        of_score.axhline(score.chance, linestyle="--", color="gray", label=f"{label}: {score.chance:.3g}")
+        of_score.legend()
+    if score.range is not None:
+        least, most = score.range
+        drawn = [value for _, value in points["validation"]]
+        least = 0.0 if least < 0 <= min(drawn) else least
+        margin = 0.02 * (most - least)
+        of_score.set_ylim(least - margin, most + margin)
+    else:
+        of_score.set_ylim(bottom=0)
+    figure.suptitle(f"{run_name}: best {score.name} {value:.4g}, at step {step:,}", parse_math=False)
 
 
 def draw_confusion_matrix(path: Path, labels: Sequence[float], predicted: Sequence[int], names: Sequence[str]) -> None:
@@ -54,6 +88,8 @@ def draw_confusion_matrix(path: Path, labels: Sequence[float], predicted: Sequen
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
+        num_right, num_rows = int(counts.trace()), int(counts.sum())
+        axes.set_title(f"{num_right:,} of {num_rows:,} right ({num_right / num_rows:.1%})")
         axes.imshow(counts / counts.sum(axis=1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
         numbers = ", by its number in model/config.json" if is_numbered else ""
         axes.set_xlabel(f"predicted class{numbers}")

@@ -32,14 +32,16 @@ from data_prep.files import (
 )
 from finetune.identity import refuse_other
 from finetune.model import model_folder
+from finetune.optimizer import autocast
 from finetune.processes import Processes
-from finetune.runs import say
+from finetune.runs import add_precision_flag, precision_of, say
 from finetune.score import made_by_file
 from finetune.search import decode, stream
 from finetune.search_settings import Found, SearchSettings, Trace, refuse_impossible
 from finetune.seq2seq_data import Pair, PairColumns, Pairs, make_sources, read_pairs
 from finetune.seq2seq_model import Writer
 from finetune.tables import text_lines
+from pretrain.device import Precision
 from pretrain.export import WEIGHTS
 
 _CHUNK = 512  # sources; part of the result, as batches are made of each
@@ -49,9 +51,9 @@ _TRACES = ".traces.jsonl"
 
 def write_file(
     folder: Path, writer: Writer, source: Path, column: str, output: Path, *, batch_size: int = 16, with_traces: bool = False,
-    processes: Processes | None = None,
+    precision: Precision = "fp32", processes: Processes | None = None,
 ) -> None:  # fmt: skip
-    """The command with --input. Raises ValueError or OSError, naming flag, or file and line."""
+    """Run the command with --input. Raises ValueError or OSError, naming flag, or file and line."""
     processes = processes or Processes()
     if batch_size < 1:
         raise ValueError(f"--batch_size {batch_size}: expected at least 1")
@@ -69,7 +71,7 @@ def write_file(
         say(processes, f"warning: {source}: {int((~is_filled).sum()):,} sources are empty, and so is what is written for them "
             f"(the first: {examples.first_empty})")  # fmt: skip
     identity = {
-        "search": asdict(writer.search), "batch_size": batch_size, "traces": with_traces,
+        "search": asdict(writer.search), "batch_size": batch_size, "traces": with_traces, "precision": precision,
         "model_sha256": sha256_of_file(model_folder(folder) / WEIGHTS),
         "tokenizer_sha256": writer.tokenizer.sha256,
         "files": {"input": pairs.sha256}, "sources": len(ids),
@@ -88,10 +90,11 @@ def write_file(
             for turn in range(0, len(batches), processes.world_size):
                 if turn + processes.rank < len(batches):
                     batch = batches[turn + processes.rank]
-                    found = decode(
-                        writer.model, writer.rules, [ids[place].tolist() for place in batch], writer.search, samples=batch,
-                        batch_size=batch_size, with_traces=with_traces,
-                    )  # fmt: skip
+                    with autocast(processes.device, precision):
+                        found = decode(
+                            writer.model, writer.rules, [ids[place].tolist() for place in batch], writer.search, samples=batch,
+                            batch_size=batch_size, with_traces=with_traces,
+                        )  # fmt: skip
                     mine.update(zip(batch, found, strict=True))
                 bar.update(sum(map(len, batches[turn : turn + processes.world_size])))
             every: dict[int, Found] = {}
@@ -260,6 +263,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help="with --input: also write OUTPUT.traces.jsonl; searches go on to the length limit then")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sources computed at once")
     add_flags(parser, PairColumns, only=["source_column"])
+    add_precision_flag(parser)
     add_flags(parser, SearchSettings, optional=True)
 
 
@@ -277,11 +281,12 @@ def run(args: Any, processes: Processes) -> None:
         if processes.is_first:
             say(processes, f"{args.output}: {rerank(args.model, args.rerank, args.output, changes):,} texts")
         return
+    precision = precision_of(args, processes)
     writer = Writer.load(args.model, processes, **({"num_beams": 1, **changes} if args.stream else changes))
     if args.text is None:
         write_file(
             args.model, writer, args.input, args.source_column, args.output, batch_size=args.batch_size,
-            with_traces=args.traces, processes=processes,
+            with_traces=args.traces, precision=precision, processes=processes,
         )  # fmt: skip
         return
     num_parts = 2 if writer.task.question_generation else 1
@@ -291,8 +296,11 @@ def run(args: Any, processes: Processes) -> None:
     if not processes.is_first:
         return
     if args.stream:
-        _print_stream(writer, args.text)
+        with autocast(processes.device, precision):
+            _print_stream(writer, args.text)
         return
-    for hypothesis in decode(writer.model, writer.rules, writer.ids([tuple(args.text)]), writer.search)[0].hypotheses:
+    with autocast(processes.device, precision):
+        (found,) = decode(writer.model, writer.rules, writer.ids([tuple(args.text)]), writer.search)
+    for hypothesis in found.hypotheses:
         score = f"{hypothesis.score:.4f}\t" if writer.search.num_best > 1 else ""
         print(f"{score}{writer.tokenizer.decode(hypothesis.tokens)}")

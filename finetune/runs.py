@@ -10,17 +10,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, add_flags, flag_values, run_command, tell_error
 from data_prep.files import write_json
 from finetune.model import SUMMARY
-from finetune.optimizer import check_precision
+from finetune.optimizer import PrecisionFlag, check_precision, decide_precision
 from finetune.processes import Processes, have_told, is_told, join_processes, leave_processes
 from finetune.trainer import MODEL, Task, Trainer, TrainSettings
 from finetune.weights import Pretrained, load_pretrained
+from pretrain.device import Precision
 from pretrain.model import PMLM
 
 GRID: dict[str, tuple[Any, ...]] = {
@@ -74,6 +75,18 @@ def add_train_flags(parser: ArgumentParser, without: Sequence[str] = (), **defau
     parser.set_defaults(**defaults)
 
 
+def add_precision_flag(parser: ArgumentParser) -> None:
+    """Add --precision to a command that predicts."""
+    parser.add_argument("--precision", choices=get_args(PrecisionFlag), default="fp32",
+                        help="precision of matrix products; `auto` is the fastest that the device has (default: fp32)")  # fmt: skip
+
+
+def precision_of(args: Any, processes: Processes) -> Precision:
+    """Return the precision that --precision says. Raises ValueError if this device does not compute fast in it."""
+    check_precision(args.precision)
+    return decide_precision(args.precision, processes)
+
+
 def settings_of(args: Any) -> tuple[StartSettings, TrainSettings]:
     """What the flags say. Raises ValueError for what they may not be."""
     start, train = from_flags(args, StartSettings), from_flags(args, TrainSettings)
@@ -114,6 +127,11 @@ def train_all(
 
     def train(name: str, chosen: TrainSettings) -> dict[str, Any]:
         model, task = make_task(copy.deepcopy(pretrained), chosen)
+        asked, num_samples = chosen, len(task.lengths)
+        chosen = chosen.decided(pretrained.config.hidden_size, num_samples, task.base_learning_rate, task.base_epochs)
+        if made := [key for key in ("learning_rate", "epochs") if getattr(asked, key) is None]:
+            words = " and ".join(f"{key} {getattr(chosen, key):g}" for key in made)
+            say(processes, f"{output / name}: {words}, by the model's width and the {num_samples:,} samples")
         found = Trainer(model, task, chosen, output / name, processes, identity).train()
         run = {"name": name, **{key: getattr(chosen, key) for key in (*GRID, "seed")}, "validation": found}
         shown = ", ".join(f"{key} {value:.4f}" for key, value in found.items() if key not in ("step", "epoch", "score"))

@@ -19,6 +19,7 @@ from data_prep.files import write_whole
 from data_prep.masking import block_draw
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import epoch_order, prediction_batches
+from finetune.figures import Score
 from finetune.identity import training_identity
 from finetune.processes import Processes
 from finetune.runs import StartSettings, add_train_flags, from_flags, load_start, say, settings_of, train_all
@@ -117,6 +118,8 @@ class Seq2SeqTask:
     token of the training set counts as much as any other.
     """
 
+    base_learning_rate, base_epochs = 7e-5, 10
+
     def __init__(
         self, model: Seq2SeqModel, tokenizer: Tokenizer, settings: Seq2SeqSettings, of_targets: TargetSettings,
         of_validation: ValidationSettings, train: Examples, validation: Examples, processes: Processes, seed: int,
@@ -125,8 +128,8 @@ class Seq2SeqTask:
         self._train, self._validation, self._processes = train, validation, processes
         self._of_validation = of_validation
         self._written: list[dict[str, str]] = []
-        self.score_name = of_validation.best_by
-        self.score_sign = -1.0 if of_validation.best_by == "loss" else 1.0
+        best_by = of_validation.best_by
+        self.score = Score(best_by, sign=-1.0) if best_by == "loss" else Score(best_by, (0.0, 100.0))
         self._smoothing = of_targets.label_smoothing
         self._noise = TargetNoise(of_targets, tokenizer, settings.max_target_tokens, seed)
         self._mean_target_tokens = float(train.target_lengths.mean())
@@ -144,7 +147,7 @@ class Seq2SeqTask:
         loss, accuracy = self._loss_and_accuracy()
         values = {"loss": loss, "token_accuracy": accuracy, **self._scores_of_written()}
         best_by = self._of_validation.best_by
-        return {"score": self.score_sign * values[best_by], **values}
+        return {"score": self.score.sign * values[best_by], **values}
 
     def _loss_and_accuracy(self) -> tuple[float, float]:
         processes, examples = self._processes, self._validation
@@ -255,9 +258,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         "generation, in place of the defaults below; other flags given go before them")  # fmt: skip
     for cls in (PairColumns, Seq2SeqSettings, TargetSettings, ValidationSettings):
         add_flags(parser, cls)
-    add_train_flags(
-        parser, without=["max_length_tokens", "grid"], output=Path("runs/seq2seq"), learning_rate=7e-5, batch_size=64
-    )
+    add_train_flags(parser, without=["max_length_tokens", "grid"], output=Path("runs/seq2seq"), batch_size=64)
 
 
 def run(args: Any, processes: Processes) -> None:

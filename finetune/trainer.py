@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from torch import nn
 from data_prep.console import progress_bar
 from data_prep.files import read_json, unfinished_file, write_json
 from finetune.batches import epoch_order, micro_batches
-from finetune.figures import draw_learning_curve
+from finetune.figures import Score, draw_learning_curve
 from finetune.identity import refuse_other
 from finetune.optimizer import (
     Optimizer,
@@ -48,19 +48,22 @@ from pretrain.metrics import Metrics, read_records
 
 MODEL, STATE, RESULT, CURVE = "model", "state.safetensors", "result.json", "learning_curve.png"
 _LOG_STEPS = 10
+_BASE_WIDTH, _WIDTH_EXPONENT = 768, 1.8
+_FEWEST_STEPS, _MOST_EPOCHS = 200, 40
+"""Of the default number of epochs; docs/results.md has the evidence for these and the exponent."""
 _SMALLEST_LOSS_SCALE = 1.0
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a task is trained; the defaults are of the paper's grid for GLUE."""
+    """How a task is trained; the defaults are of the paper's grid for GLUE, for a model as wide as its (docs/results.md)."""
 
-    learning_rate: float = 2e-5
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; by default the task's for a model 768 wide (2e-5; to write 7e-5), more for a narrower one."""
     batch_size: int = 32
     """Samples of a step, all processes together."""
-    epochs: int = 10
-    """Times that every sample is seen."""
+    epochs: int | None = None
+    """Times that every sample is seen; by default the task's (10; answers 4), more where these are few steps."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises from 0; then it falls to 0."""
     weight_decay: float = 0.01
@@ -87,12 +90,14 @@ class TrainSettings:
         faults = [
             f"{name} is {getattr(self, name)}, expected at least {least}"
             for name, least in {
-                "batch_size": 1, "epochs": 1, "micro_batch_size": 1, "eval_steps": 0, "patience": 0,
+                "batch_size": 1, "micro_batch_size": 1, "eval_steps": 0, "patience": 0,
                 "weight_decay": 0, "max_gradient_norm": 0, "seed": 0,
             }.items()
             if not getattr(self, name) >= least
         ]  # fmt: skip
-        if not self.learning_rate > 0:
+        if self.epochs is not None and self.epochs < 1:
+            faults.append(f"epochs is {self.epochs}, expected at least 1")
+        if self.learning_rate is not None and not self.learning_rate > 0:
             faults.append(f"learning_rate is {self.learning_rate}, expected more than 0")
         if not 0 <= self.warmup <= 1:
             faults.append(f"warmup is {self.warmup}, expected 0 to 1")
@@ -101,20 +106,32 @@ class TrainSettings:
         if faults:
             raise ValueError("; ".join(faults))
 
+    def decided(self, hidden_size: int, num_samples: int, learning_rate: float, epochs: int) -> TrainSettings:
+        """Return these settings with a learning rate and epochs, for a model this wide and so many samples.
+
+        `learning_rate` is the task's for a model 768 wide, `epochs` the task's for many samples.
+        """
+        if self.learning_rate is None:
+            scaled = learning_rate * (_BASE_WIDTH / hidden_size) ** _WIDTH_EXPONENT
+            learning_rate = float(f"{scaled:.1e}")
+        steps_per_epoch = -(-num_samples // self.batch_size)
+        epochs = max(epochs, min(-(-_FEWEST_STEPS // steps_per_epoch), _MOST_EPOCHS))
+        return replace(self, learning_rate=self.learning_rate or learning_rate, epochs=self.epochs or epochs)
+
 
 class Task(Protocol):
     """What is trained for."""
 
     lengths: np.ndarray
     """Tokens of each sample to train on."""
+    base_learning_rate: float
+    """Peak learning rate of a model 768 wide."""
+    base_epochs: int
+    """Times that every sample is seen, if there are many."""
 
     @property
-    def score_name(self) -> str:
-        """Which metric the score is, for the user."""
-
-    @property
-    def score_sign(self) -> float:
-        """1, or -1 where the score is that metric's negative, as of a loss."""
+    def score(self) -> Score:
+        """Return which metric the score is."""
 
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """The samples' losses, added up; what is drawn anew for each epoch depends on it."""
@@ -160,6 +177,9 @@ class Trainer:
         chosen = {name: value for name, value in asdict(settings).items() if name != "deepspeed_config"}
         self._identity = json.loads(json.dumps({**chosen, **identity}))
         num_samples = len(task.lengths)
+        assert settings.learning_rate is not None, "call TrainSettings.decided"
+        assert settings.epochs is not None, "call TrainSettings.decided"
+        self._peak = settings.learning_rate
         self._steps_per_epoch = -(-num_samples // settings.batch_size)
         self._num_steps = self._steps_per_epoch * settings.epochs
         groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
@@ -245,16 +265,16 @@ class Trainer:
     def _best_in_words(self) -> str:
         if not self._progress.best_step:
             return ""
-        return f", best {self._task.score_name} {self._task.score_sign * self._progress.best_score:.4f}"
+        return f", best {self._task.score.name} {self._task.score.sign * self._progress.best_score:.4f}"
 
     def _draw_curve(self) -> None:
-        draw_learning_curve(self._run / CURVE, read_records(self._run), self._task.score_name, self._task.score_sign)
+        draw_learning_curve(self._run / CURVE, read_records(self._run), self._task.score)
 
     def _is_at_end(self) -> bool:
         return 0 < self._settings.patience <= self._progress.num_worse
 
     def _learning_rate(self, step: int) -> float:
-        return self._settings.learning_rate * learning_rate_factor(step, self._num_steps, self._settings.warmup)
+        return self._peak * learning_rate_factor(step, self._num_steps, self._settings.warmup)
 
     def _step(self) -> tuple[float, float]:
         settings, processes, step = self._settings, self._processes, self._progress.step
@@ -280,7 +300,7 @@ class Trainer:
             values = self._task.validate()
         if not math.isfinite(values["score"]):
             raise ValueError(
-                f"{self._run}: the validation's {self._task.score_name} is {values['score']} at step {progress.step}, expected a finite "
+                f"{self._run}: the validation's {self._task.score.name} is {values['score']} at step {progress.step}, expected a finite "
                 f"number; try a lower --learning_rate than {self._settings.learning_rate}, or --precision fp32"
             )
         is_better = values["score"] > progress.best_score

@@ -449,3 +449,31 @@ def test_layers_learn_at_their_own_rate(trained: Path) -> None:
     assert scales["bert.encoder.layer.0.intermediate.dense.weight"] == (0.25, 0.01)
     assert scales["bert.encoder.layer.1.output.LayerNorm.weight"] == (0.5, 0)
     assert scales["bert.pooler.dense.bias"] == scales["classifier.bias"] == (1, 0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_lower_precision_predicts_the_same_classes(
+    precision: str, trained: Path, folder: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 160 sentences at most one is predicted otherwise."""
+    monkeypatch.setattr("pretrain.device.Speeds.missing", lambda self, precision: None)
+    rows = {}
+    for one in ("fp32", precision):
+        words = ("--input", folder / "dev.tsv", "--output", tmp_path / one, "--precision", one)
+        status, _, err = command("predict", "--model", trained, *words)
+        assert status == 0, err
+        rows[one] = [line.split("\t") for line in (tmp_path / one).read_text("utf-8").splitlines()[1:]]
+    assert len(rows["fp32"]) == 160
+    pairs = [*zip(*rows.values(), strict=True)]
+    assert sum(a[1] == b[1] for a, b in pairs) >= 0.99 * len(pairs)
+    differences = [abs(float(a[2]) - float(b[2])) for a, b in pairs]
+    assert 0 < max(differences) < 0.05
+
+
+def test_a_precision_that_the_device_has_not_is_refused(
+    trained: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.device.Speeds.missing", lambda self, precision: "this device has it not")
+    status, _, err = command("predict", "--model", trained, "--text", "a", "--precision", "fp16")
+    assert status == 2
+    assert "--precision fp16: this device has it not" in err

@@ -498,3 +498,24 @@ def test_a_folder_with_another_tokenizer_is_refused(copied: Path, sentence_piece
     (tmp_path / "tokenizer.model").write_bytes(sentence_piece.path.read_bytes())
     with pytest.raises(ValueError, match=r"tokenizer\.model: not the tokenizer this model was trained with"):
         load_seq2seq(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_lower_precision_writes_the_same_texts(
+    precision: str, copied: Path, copying: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.device.Speeds.missing", lambda self, precision: None)
+    rows = {}
+    words = ["generate", "--model", copied, "--input", copying / "pairs.jsonl"]
+    for one in ("fp32", precision):
+        output = tmp_path / f"{one}.jsonl"
+        status, _, err = command(*words, "--output", output, "--precision", one)
+        assert status == 0, err
+        rows[one] = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert sum(a["text"] == b["text"] for a, b in zip(*rows.values(), strict=True)) >= 0.99 * len(rows["fp32"])
+    assert [row["score"] for row in rows["fp32"]] != [row["score"] for row in rows[precision]]
+    status, _, err = command(*words, "--output", tmp_path / "fp32.jsonl", "--precision", precision)
+    assert status == 2
+    assert f"precision 'fp32', now '{precision}'" in err
+    status, text, _ = command("generate", "--model", copied, "--text", "acknowledged", "--precision", precision)
+    assert (status, text.count("\n")) == (0, 1)

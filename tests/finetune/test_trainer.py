@@ -18,6 +18,7 @@ from support import DEEPSPEED_CONFIGS
 from finetune.classify import ClassifyTask, Part
 from finetune.classify_data import Target, make_inputs
 from finetune.classify_model import Classifier
+from finetune.figures import Score
 from finetune.optimizer import WholeState, deepspeed_config
 from finetune.processes import Processes
 from finetune.tables import read_table
@@ -186,9 +187,10 @@ class _Scores:
     """A task without data, whose validations give these scores."""
 
     lengths = np.full(4, 3)
+    base_learning_rate, base_epochs = 2e-5, 10
 
     def __init__(self, model: torch.nn.Module, scores: list[float], name: str = "accuracy", sign: float = 1.0) -> None:
-        self._model, self._scores, self.score_name, self.score_sign = model, iter(scores), name, sign
+        self._model, self._scores, self.score = model, iter(scores), Score(name, sign=sign)
         self.saved: list[float] = []
         self._last = 0.0
 
@@ -209,7 +211,7 @@ class _Scores:
 def _train_for(scores: list[float], folder: Path, run: Path, **changes: Any) -> tuple[_Scores, dict[str, Any]]:
     pretrained = load_pretrained(folder / "weights")
     task = _Scores(pretrained.model, scores, **{k: changes.pop(k) for k in ("name", "sign") if k in changes})
-    settings = TrainSettings(epochs=len(scores), batch_size=4, **changes)
+    settings = TrainSettings(epochs=len(scores), batch_size=4, **{"learning_rate": 2e-5, **changes})
     return task, Trainer(pretrained.model, task, settings, run, Processes(), {}).train()
 
 
