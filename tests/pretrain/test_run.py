@@ -110,6 +110,7 @@ def uninterrupted(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.mark.old_processor
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
     uninterrupted: Path, data_folder: Path, tmp_path: Path
 ) -> None:
