@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import difflib
 import inspect
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import pairwise
-from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
+from typing import IO, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ USER_ERROR_STATUS = 2
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help; `--mask-sets` and `--mask_sets` are the same flag."""
+    """argparse with defaults in the help and one line an error; `--mask-sets` and `--mask_sets` are the same flag."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _HelpFormatter)
@@ -30,6 +32,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_underscored(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and which flag may have been meant, in one line, and end with status 2."""
+        unknown = re.search(r"^unrecognized arguments: (--[^ =]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        self.exit(USER_ERROR_STATUS, f"{self.prog}: error: {message}{hint}; all flags: --help\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import distributed
 
 from data_prep.console import available_cores
 from pretrain.device import device_kind
-from pretrain.launchers import take_place
+from pretrain.launchers import host_identity, take_place
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -22,21 +23,33 @@ _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 def join_ranks() -> None:
     """Join the other ranks as the launcher's environment says: over NCCL on GPUs, over gloo on CPUs.
 
-    Without a launcher this process is the only rank. Raises ValueError if the environment lacks something.
+    Without a launcher this process is the only rank. Raises ValueError if the environment lacks something, or if rank 0's
+    port is in use.
     """
     place = take_place()
     if device_kind() == "cpu":
         torch.set_flush_denormal(True)  # before there are other threads; products of denormals take many times longer
         if place.is_one_host:  # gloo hangs where the host's name means 127.0.1.1, as on Debian
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, available_cores() // place.local_size))
     else:
         if torch.cuda.device_count() == 1:  # a scheduler may show each rank its own GPU only
             os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device_kind() == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+        try:
+            distributed.init_process_group("nccl" if device_kind() == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+        except distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ValueError(
+                f"port {place.master_port} is in use, perhaps by another run on this machine: give the launcher another "
+                "one by --master_port (./run_pretrain.sh takes a free one by itself)"
+            ) from None
+    if place.local_size is None:
+        place = replace(place, local_size=gather(host_identity()).count(host_identity()))
+        os.environ["LOCAL_SIZE"] = str(place.local_size)
+    if device_kind() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, available_cores() // (place.local_size or 1)))
 
 
 def current_device() -> torch.device:

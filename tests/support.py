@@ -36,6 +36,12 @@ PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50
 
 
+def pinned_versions() -> dict[str, str]:
+    """Return the versions of requirements.txt by package, as it names them."""
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line[:1].isalpha())
+
+
 def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_length: int = 11) -> SampleBatch:
     """Samples of random tokens and lengths, masked by the product's own sampler."""
     random = np.random.default_rng(seed)

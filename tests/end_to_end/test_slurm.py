@@ -113,7 +113,7 @@ def test_what_the_time_limit_ends_the_next_of_an_array_goes_on_with(
     """Where jobs may not requeue themselves: tasks of an array, one at a time, on the same run."""
     run = tmp_path / "run"
     one_at_a_time = ["--array=1-2%1", "--no-requeue", "--signal=USR1@10", f"--output={tmp_path}/%A_%a.out"]
-    array = cluster.submit(*one_at_a_time, *flags, "--run", str(run))
+    array = cluster.submit(*one_at_a_time, *flags, f"--run={run}")
     first, second = f"{array}_1", f"{array}_2"
     cluster.wait_until(lambda: train_steps(run) != [], first)
     assert cluster.state(second) == "PENDING"

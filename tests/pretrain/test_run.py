@@ -240,6 +240,19 @@ def test_all_faults_are_told_at_once(config: Path, data_folder: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_precision_that_the_machine_lacks_is_refused_first(config: Path, tmp_path: Path) -> None:
+    """As on an old processor; before there are data, as run_pretrain.sh checks, and with all other faults."""
+    command = ["python", "run_pretrain.py", "--deepspeed_config", str(config)]
+    done = run_command([*command, "--check_for_ranks", "2", "--num_heads", "5"], ONEDNN_MAX_CPU_ISA="AVX2")
+    assert_user_error(done, "fp16.enabled: fp16 has no fast arithmetic on this device", "it has fp32", "num_heads 5")
+    done = run_command([*command, "--data", str(tmp_path / "none")], ONEDNN_MAX_CPU_ISA="AVX2")
+    assert_user_error(done, "fp16.enabled: fp16 has no fast arithmetic on this device", "no data set there")
+    config = deepspeed_json(config, train_batch_size=32, train_micro_batch_size_per_gpu=8)  # the precision is auto
+    done = run_command([*command, "--check_for_ranks", "2"], ONEDNN_MAX_CPU_ISA="AVX2")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert_user_error(run_command([*command, "--check_for_ranks", "3"]), "is not train_micro_batch_size_per_gpu 8")
+
+
 def test_a_batch_that_the_ranks_do_not_divide(config: Path, data_folder: Path, tmp_path: Path) -> None:
     config = deepspeed_json(config, train_batch_size=33)
     done = run_command(two_ranks(*flags(config, data_folder, tmp_path / "run")))
