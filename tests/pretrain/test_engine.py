@@ -18,7 +18,7 @@ from pretrain.ds_config import DeepSpeedConfig
 from pretrain.layout import Objective, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.old_processor]
 
 FP32 = {"fp16": None, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
 
