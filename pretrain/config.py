@@ -11,6 +11,7 @@ from data_prep.console import ArgumentParser, add_flags, describe_error, flag_va
 from data_prep.shards import DataSet
 from pretrain.attention import AttentionBackend
 from pretrain.cloze import ClozePrompts, read_prompts
+from pretrain.compiler import compiler_fault
 from pretrain.device import Speeds
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Objective
@@ -205,6 +206,8 @@ class _Checks:
         recipe: DeepSpeedConfig = self.deepspeed
         if device and (fault := recipe.precision_fault(device)):
             self.faults.append(fault)
+        if recipe.offloads_optimizer and (fault := compiler_fault()):
+            self.faults.append(f"{recipe.path}: zero_optimization.offload_optimizer: {fault}")
         self.total_steps = args.max_steps or recipe.total_steps
         if self.total_steps is None:
             self.faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")

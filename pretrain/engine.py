@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,6 +81,8 @@ class Engine:
         self.batch_sizes: BatchSizes = config.batch_sizes(self.world_size)
         values = {**config.values, **_three_sizes(self.batch_sizes)}
         groups = groups or parameter_groups(model)
+        if config.offloads_optimizer:  # DeepSpeed then compiles its own, by programs that may be next to Python only
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         self._is_torch_optimizer = not config.offloads_optimizer
         optimizer = make_optimizer(groups, values.pop("optimizer")) if self._is_torch_optimizer else None
         # On CPUs, DeepSpeed's shared-memory collectives need a compiler and leak 69 MB a rank, for the same bits.
