@@ -33,7 +33,7 @@ from data_prep.line_sample import LineSample
 from data_prep.mixture import Corpus, Mixture, epochs_of, read_mixture, sources_of
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
-from data_prep.remask import remask
+from data_prep.remask import REMASKED, remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
 from data_prep.tokenizer import ROLE_PIECES, train_tokenizer
 
@@ -122,6 +122,7 @@ def make_parser() -> ArgumentParser:
     takes_data(sub)
     sub.add_argument("--output", type=Path, required=True, help="folder of the new data set")
     add_flags(sub, BuildParameters, only=["mask_sets", "seed"])
+    add_flags(sub, BuildParameters, only=set(REMASKED) - {"mask_sets", "seed"}, optional=True)
     takes_workers(sub)
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
@@ -219,7 +220,7 @@ def _build(args: Any) -> None:
 def _remask(args: Any) -> None:
     _with_processes(
         args,
-        partial(remask, args.data, args.output, args.seed, args.mask_sets),
+        partial(remask, args.data, args.output, flag_values(args, REMASKED)),
         partial(_tell_what_was_built, args.output),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_prep.masking import max_masked
+from data_prep.mask_settings import MaskSettings
 from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS
 from data_prep.shards import CHUNK_SAMPLES, MAX_LENGTH_LIMIT_TOKENS
 
@@ -18,7 +18,14 @@ class BuildParameters:
     short_sample_probability: float = 0.0
     """Share of the samples that are cut shorter, at a length drawn uniformly; BERT's is 0.1."""
     mask_sets: int = 1
-    """Pre-sampled mask sets of each sample; epoch e of the training uses set e mod K."""
+    """Pre-sampled mask sets of each sample; epoch e of the training uses set e mod K, see docs/data.md for falling rates."""
+    mask_rate: str = "0.15"
+    """Share of a sample's tokens that is masked; two rates as 0.30:0.15 are those of the first mask set and of the last, between
+    which the rate changes in equal steps, over the epochs of the training."""
+    block_share: float = 0.4
+    """Share of the draws that are blocks of several tokens; the others are single tokens."""
+    block_lengths: str = "2:6"
+    """Tokens of the shortest and the longest block; each length is drawn as often."""
     validation_fraction: float = 0.05
     """Share of the documents, chosen by their hash, that training never sees."""
     shard_samples: int = 16_384
@@ -43,10 +50,24 @@ class BuildParameters:
             faults.append(f"shard_samples is {self.shard_samples}, expected a multiple of {CHUNK_SAMPLES}")
         if not 0 <= self.seed < 2**63:
             faults.append(f"seed is {self.seed}, expected 0 to 2**63 - 1")
+        try:
+            masks = self.masks
+        except ValueError as error:
+            faults.append(str(error))
         if faults:
             raise ValueError("; ".join(faults))
+
+        # One way to write what is equal: a data set is compared by its parameters.
+        rates = [masks.rates_K[0]] if masks.is_constant else [masks.rates_K[0], masks.rates_K[-1]]
+        object.__setattr__(self, "mask_rate", ":".join(f"{rate:.6g}" for rate in rates))
+        object.__setattr__(self, "block_lengths", ":".join(map(str, masks.block_lengths)))
+
+    @property
+    def masks(self) -> MaskSettings:
+        """How masks are drawn. Raises ValueError that tells all that is wrong with the three parameters."""
+        return MaskSettings.parse(self.mask_rate, self.mask_sets, self.block_share, self.block_lengths)
 
     @property
     def max_masked_tokens(self) -> int:
         """P: the most masked tokens of a sample."""
-        return max_masked(self.max_length_tokens, NUM_SPECIAL_TOKENS)
+        return self.masks.max_masked(self.max_length_tokens, NUM_SPECIAL_TOKENS)
