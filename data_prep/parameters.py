@@ -8,6 +8,9 @@ from data_prep.mask_settings import MaskSettings
 from data_prep.packing import MIN_DOCUMENT_TOKENS, NUM_SPECIAL_TOKENS
 from data_prep.shards import CHUNK_SAMPLES, MAX_LENGTH_LIMIT_TOKENS
 
+MAX_MASK_SETS = 1000
+MAX_SHARD_SAMPLES = 2**24
+
 
 @dataclass(frozen=True)
 class BuildParameters:
@@ -42,12 +45,14 @@ class BuildParameters:
             )
         if not 0 <= self.short_sample_probability <= 1:
             faults.append(f"short_sample_probability is {self.short_sample_probability}, expected 0 to 1")
-        if self.mask_sets < 1:
-            faults.append(f"mask_sets is {self.mask_sets}, expected at least 1")
+        if not 1 <= self.mask_sets <= MAX_MASK_SETS:
+            faults.append(f"mask_sets is {self.mask_sets}, expected 1 to {MAX_MASK_SETS}")
         if not 0 <= self.validation_fraction < 1:
             faults.append(f"validation_fraction is {self.validation_fraction}, expected 0 or more and less than 1")
-        if self.shard_samples < 1 or self.shard_samples % CHUNK_SAMPLES:
-            faults.append(f"shard_samples is {self.shard_samples}, expected a multiple of {CHUNK_SAMPLES}")
+        if not 1 <= self.shard_samples <= MAX_SHARD_SAMPLES or self.shard_samples % CHUNK_SAMPLES:
+            faults.append(
+                f"shard_samples is {self.shard_samples}, expected a multiple of {CHUNK_SAMPLES} up to {MAX_SHARD_SAMPLES}"
+            )
         if not 0 <= self.seed < 2**63:
             faults.append(f"seed is {self.seed}, expected 0 to 2**63 - 1")
         try:
@@ -65,7 +70,8 @@ class BuildParameters:
     @property
     def masks(self) -> MaskSettings:
         """How masks are drawn. Raises ValueError that tells all that is wrong with the three parameters."""
-        return MaskSettings.parse(self.mask_rate, self.mask_sets, self.block_share, self.block_lengths)
+        mask_sets = min(max(self.mask_sets, 1), MAX_MASK_SETS)  # of others `__post_init__` tells
+        return MaskSettings.parse(self.mask_rate, mask_sets, self.block_share, self.block_lengths)
 
     @property
     def max_masked_tokens(self) -> int:
