@@ -217,7 +217,8 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
                 with timed("masks"):
                     masks = draw_mask_sets(samples, tokenizer, parameters, 0)
                 with timed("shards: HDF5, hash, write"):
-                    write_shard(folder / "train-00000.h5", samples, masks, parameters.max_length_tokens)
+                    path, most_masked = folder / "train-00000.h5", parameters.max_masked_tokens
+                    write_shard(path, samples, masks, parameters.max_length_tokens, most_masked)
     tokenized, seconds["hashes of the documents"] = seconds.pop("tokenize"), seconds.pop("read and hash")
     seconds["cut into texts, count"] = tokenized - seconds["encode"] - seconds["hashes of the documents"]
     seconds["hashes of the documents"] -= seconds["read: JSON, lines"]
@@ -280,8 +281,9 @@ def measure_many_shards(small: DataSet, folder: Path) -> dict[str, Any]:
     texts = Texts(np.tile(tokenizer.normal_ids[:8], CHUNK_SAMPLES).astype(np.uint16), np.full(CHUNK_SAMPLES, 8))
     samples = assemble(texts, seed=0, first_sample=0, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id)
     masks = draw_mask_sets(samples, tokenizer, parameters, 0)
-    entry = write_shard(folder / "train-00000.h5", samples, masks, parameters.max_length_tokens)
-    content = (folder / "train-00000.h5").read_bytes()
+    path = folder / "train-00000.h5"
+    entry = write_shard(path, samples, masks, parameters.max_length_tokens, parameters.max_masked_tokens)
+    content = path.read_bytes()
     names = [f"train-{index:05d}.h5" for index in range(_NUM_SHARDS)]
     for name in names:
         (folder / name).write_bytes(content)

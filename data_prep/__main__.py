@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from data_prep.console import (
     add_flags,
     available_cores,
     flag_values,
+    print_json,
     progress_bar,
     run_command,
 )  # fmt: skip
@@ -33,9 +34,9 @@ from data_prep.line_sample import LineSample
 from data_prep.mixture import Corpus, Mixture, epochs_of, read_mixture, sources_of
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
-from data_prep.remask import remask
+from data_prep.remask import REMASKED, remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
-from data_prep.tokenizer import ROLE_PIECES, train_tokenizer
+from data_prep.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, ROLE_PIECES, train_tokenizer
 
 _T = TypeVar("_T")
 
@@ -122,6 +123,7 @@ def make_parser() -> ArgumentParser:
     takes_data(sub)
     sub.add_argument("--output", type=Path, required=True, help="folder of the new data set")
     add_flags(sub, BuildParameters, only=["mask_sets", "seed"])
+    add_flags(sub, BuildParameters, only=set(REMASKED) - {"mask_sets", "seed"}, optional=True)
     takes_workers(sub)
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
@@ -159,8 +161,12 @@ def _mixture(args: Any) -> Mixture:
 
 
 def _train_tokenizer(args: Any) -> None:
-    if args.sample_mb <= 0:
-        raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected more than 0")
+    if not 0 < args.sample_mb < math.inf:
+        raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected a number above 0")
+    if not MIN_VOCAB_SIZE <= args.vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"--vocab_size is {args.vocab_size}, expected {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {args.seed}, expected 0 to 2**63 - 1")
     mixture, cleaning = _mixture(args), _from_flags(CleanSettings, args)
     sources = [list(of_corpus) for _, of_corpus in groupby(sources_of(mixture), key=attrgetter("corpus"))]
     sizes = [sum(source.size_bytes for source in of_corpus) for of_corpus in sources]
@@ -219,7 +225,7 @@ def _build(args: Any) -> None:
 def _remask(args: Any) -> None:
     _with_processes(
         args,
-        partial(remask, args.data, args.output, args.seed, args.mask_sets),
+        partial(remask, args.data, args.output, flag_values(args, REMASKED)),
         partial(_tell_what_was_built, args.output),
     )
 
@@ -234,11 +240,11 @@ def _stats(args: Any) -> None:
         return stats.measure(DataSet(args.data), recipe, processes)
 
     def tell(measured: stats.Measured) -> None:
+        stats.draw(measured, figure)
         if args.json:
-            print(json.dumps(stats.summarize(measured), indent=1, ensure_ascii=False), flush=True)
+            print_json(stats.summarize(measured))
         else:
             print("\n".join([*stats.describe(measured), f"figure: {figure}"]), flush=True)
-        stats.draw(measured, figure)
 
     _with_processes(args, measure, tell)
 
@@ -273,7 +279,7 @@ def _tell_what_was_built(folder: Path, made: bool) -> None:
 def _inspect(args: Any) -> None:
     data = DataSet(args.data)
     if args.json:
-        print(json.dumps(inspect.summarize(data), indent=1, ensure_ascii=False))
+        print_json(inspect.summarize(data))
         return
     print("\n".join(inspect.describe(data)), end="\n\n")
     print("\n".join(inspect.show_samples(data, args.split, args.sample, args.count, args.mask_set)))

@@ -25,6 +25,7 @@ import numpy as np
 
 from data_prep.cleaning import CLEANING_COUNTS, NO_CLEANING, CleanSettings, cleaned, is_too_short
 from data_prep.corpus import Document, Source, Unit, plan_units, read_unit, refuse_changes
+from data_prep.differences import describe_differences
 from data_prep.duplicates import (
     KEEP_DUPLICATES,
     KINDS,
@@ -36,16 +37,7 @@ from data_prep.duplicates import (
     without_duplicates,
 )
 from data_prep.files import read_json, sha256_of_file, write_json, write_whole
-from data_prep.masking import (
-    BLOCK_PROBABILITY,
-    MASK_PERCENT,
-    MAX_BLOCK_TOKENS,
-    MIN_BLOCK_TOKENS,
-    SHOW_MASK_PROBABILITY,
-    SHOW_RANDOM_PROBABILITY,
-    Masks,
-    draw_masks,
-)  # fmt: skip
+from data_prep.masking import SHOW_MASK_PROBABILITY, SHOW_RANDOM_PROBABILITY, Masks, draw_masks
 from data_prep.mixture import Corpus, Mixture, TextOrder, epochs_of, sources_of
 from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, Texts, assemble
 from data_prep.parameters import BuildParameters
@@ -192,9 +184,16 @@ def _remove(folder: Path, *patterns: str) -> None:
 
 
 def _refuse_changes(folder: Path, what: str, found: dict[str, Any], made_from: dict[str, Any]) -> None:
+    # A data set from before there was a parameter has its default.
+    found = {**found, "parameters": asdict(BuildParameters()) | found.get("parameters", {})}
     changed = [key for key, value in made_from.items() if found.get(key) != value]
     if changed:
-        raise ValueError(f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another")
+        details = describe_differences(
+            {key: found.get(key) for key in changed}, {key: made_from[key] for key in changed}
+        )
+        raise ValueError(
+            f"{folder}: holds {what} made from other {' and '.join(changed)} ({details}); remove it or choose another"
+        )
 
 
 def _totals_of_corpora(
@@ -278,12 +277,7 @@ def _declare_whole(
     write_whole(folder / made_from["tokenizer"]["file"], tokenizer_path.read_bytes())
     write_data_manifest(folder, {
         **made_from,
-        "masking": {
-            "mask_percent": MASK_PERCENT, "block_probability": BLOCK_PROBABILITY,
-            "block_tokens": [MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS], "show_mask_probability": SHOW_MASK_PROBABILITY,
-            "show_random_probability": SHOW_RANDOM_PROBABILITY,
-        },
-        "max_masked_tokens": parameters.max_masked_tokens,
+        **describe_masking(parameters),
         "documents": _documents(total),
         "mixture": shares,
         "text": describe_text(total),
@@ -318,11 +312,22 @@ def number_of_sample(split: Split, index: int) -> int:
     return index + (_FIRST_VALIDATION_SAMPLE if split == "validation" else 0)
 
 
+def describe_masking(parameters: BuildParameters) -> dict[str, Any]:
+    """Return what the manifest tells of the masks besides the parameters themselves."""
+    return {
+        "masking": {
+            "mask_rates": list(parameters.masks.rates_K), "show_mask_probability": SHOW_MASK_PROBABILITY,
+            "show_random_probability": SHOW_RANDOM_PROBABILITY,
+        },
+        "max_masked_tokens": parameters.max_masked_tokens,
+    }  # fmt: skip
+
+
 def draw_mask_sets(samples: Samples, tokenizer: Tokenizer, parameters: BuildParameters, first_sample: int) -> Masks:
     """All mask sets of samples number first_sample .."""
     return draw_masks(
-        samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
-        mask_sets=parameters.mask_sets, seed=parameters.seed, first_sample=first_sample,
+        samples, parameters.masks, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
+        mask_id=tokenizer.mask_id, seed=parameters.seed, first_sample=first_sample,
     )  # fmt: skip
 
 
@@ -402,6 +407,6 @@ def _write_shard(shard: _ShardPlan, order: TextOrder) -> Work:
     )  # fmt: skip
     masks = draw_mask_sets(samples, tokenizer, parameters, first_sample)
     path = _worker.folder / shard_name(shard.split, shard.index)
-    entry = write_shard(path, samples, masks, parameters.max_length_tokens)
+    entry = write_shard(path, samples, masks, parameters.max_length_tokens, parameters.max_masked_tokens)
     write_json(_shard_file(_worker.folder, shard), entry)
     return Work(shard.num_samples, tokens=entry["num_tokens"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import re
@@ -16,7 +15,8 @@ from typing import Literal
 
 import orjson
 
-from data_prep.formats import EXPECTED_NAMES, format_of, is_compressed, is_table, num_parts, open_text, read_column
+from data_prep.corpus_files import find_files
+from data_prep.formats import format_of, is_compressed, is_table, num_parts, open_text, read_column
 
 DocumentPer = Literal["file", "blank_line"]
 ParagraphPer = Literal["line", "blank_line"]
@@ -138,40 +138,13 @@ def make_document(lines: Iterable[str]) -> Document:
 
 
 def find_sources(paths: Sequence[Path], reading: ReadSettings = DEFAULT_READING, corpus: int = 0) -> list[Source]:
-    """The text files named, below the folders named, or matched by globs, each in the order of their names.
-
-    Raises FileNotFoundError for a path that is not there, ValueError if there is no file to read.
-    """
-    files: list[tuple[Path, str]] = []
-    for given in paths:
-        if given.is_dir():
-            files += _files_below(given, given.rglob("*"))
-        elif given.is_file():
-            if not format_of(given):
-                raise ValueError(f"{given}: expected a name that ends in {EXPECTED_NAMES}")
-            files.append((given, given.name))
-        else:
-            matches = [Path(match) for match in glob.glob(str(given), recursive=True)]
-            if not matches:
-                raise FileNotFoundError(
-                    2, "no such corpus; --corpus and a mixture's paths are text files, folders or globs", str(given)
-                )
-            folder = next(folder for folder in given.parents if not glob.has_magic(str(folder)))
-            below = [file for match in matches if match.is_dir() for file in match.rglob("*")]
-            files += _files_below(folder, [*matches, *below])
-    if not files:
-        raise ValueError(f"{', '.join(map(str, paths))}: no {EXPECTED_NAMES} file there")
-    return [Source(file, _printable(name), *_state(file), reading, corpus) for file, name in files]
+    """The files of `find_files`, which tells what is raised."""
+    return [Source(file, _printable(name), *_state(file), reading, corpus) for file, name in find_files(paths)]
 
 
 def _state(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _files_below(folder: Path, paths: Iterable[Path]) -> list[tuple[Path, str]]:
-    files = sorted({path for path in paths if format_of(path) and path.is_file()})
-    return [(file, file.relative_to(folder).as_posix()) for file in files]
 
 
 def _printable(name: str) -> str:

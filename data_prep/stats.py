@@ -20,7 +20,7 @@ from data_prep.files import read_json, write_whole
 from data_prep.packing import NUM_SPECIAL_TOKENS
 from data_prep.processes import Processes
 from data_prep.progress import Stage, Work
-from data_prep.shards import CHUNK_SAMPLES, SPLITS, DataSet, Split
+from data_prep.shards import CHUNK_SAMPLES, SPLITS, DataSet, SampleBatch, Split
 from data_prep.units import bin_width
 
 FREQUENT = 100
@@ -136,6 +136,8 @@ class Measured:
     """Occurrences of each id that text is made of, the unknown one included; 0 for other special ids."""
     length_counts: np.ndarray
     """Samples of each length, 0 .. L, the three special tokens included."""
+    turn_length_counts: np.ndarray
+    """Turns of each length in mask set 0, from 0 tokens to the most of a block."""
     texts: TextCounts
 
 
@@ -154,7 +156,12 @@ def measure(
         raise ValueError(f"{data.folder}: made by an older version, which did not count its text; build it anew")
     num_ids, num_lengths = data.tokenizer.vocab_size, data.max_length_tokens + 1
     measured = Measured(
-        data, recipe, np.zeros(num_ids, np.int64), np.zeros(num_lengths, np.int64), TextCounts(max_hashes)
+        data,
+        recipe,
+        np.zeros(num_ids, np.int64),
+        np.zeros(num_lengths, np.int64),
+        np.zeros(data.masks.block_lengths[1] + 1, np.int64),
+        TextCounts(max_hashes),
     )
     processes.prepare(_set_up, data.folder)
     num_samples = sum(data.num_samples(split) for split in SPLITS)
@@ -163,6 +170,7 @@ def measure(
         shard: _MeasuredShard = work.value
         measured.token_counts_V += shard.token_counts_V
         measured.length_counts += shard.length_counts
+        measured.turn_length_counts += shard.turn_length_counts
         measured.texts.add(shard.split, shard.hashes_H, shard.counts_H)
 
     shards = [(split, index) for split in SPLITS for index in range(len(data.manifest["splits"][split]))]
@@ -179,6 +187,7 @@ class _MeasuredShard:
     split: Split
     token_counts_V: np.ndarray
     length_counts: np.ndarray
+    turn_length_counts: np.ndarray
     hashes_H: np.ndarray
     counts_H: np.ndarray
 
@@ -196,17 +205,27 @@ def _measure_shard(split: Split, index: int) -> Work:
     first, num_samples = index * parameters["shard_samples"], _data.manifest["splits"][split][index]["num_samples"]
     token_counts_V = np.zeros(tokenizer.vocab_size, np.int64)
     length_counts = np.zeros(_data.max_length_tokens + 1, np.int64)
+    turn_length_counts = np.zeros(_data.masks.block_lengths[1] + 1, np.int64)
     hashes = []
     for chunk in range(first // CHUNK_SAMPLES, -(-(first + num_samples) // CHUNK_SAMPLES)):
         batch = _data.read_chunk(split, chunk, 0)
         token_counts_V += np.bincount(batch.tokens_BL.ravel(), minlength=len(token_counts_V))
         length_counts += np.bincount(batch.length_B, minlength=len(length_counts))
+        turn_length_counts += _turn_lengths(batch, len(turn_length_counts))
         places = zip(batch.tokens_BL, batch.segment_boundary_B.tolist(), batch.length_B.tolist(), strict=True)
         hashes += [_hash_of_text(tokens_L, boundary, length) for tokens_L, boundary, length in places]
     token_counts_V[[tokenizer.pad_id, tokenizer.sos_id, tokenizer.eos_id]] = 0
     hashes_H, counts_H = np.unique(np.frombuffer(b"".join(hashes), np.uint64), return_counts=True)
-    measured = _MeasuredShard(split, token_counts_V, length_counts, hashes_H, counts_H)
+    measured = _MeasuredShard(split, token_counts_V, length_counts, turn_length_counts, hashes_H, counts_H)
     return Work(num_samples, tokens=int(token_counts_V.sum()), value=measured)
+
+
+def _turn_lengths(batch: SampleBatch, num_lengths: int) -> np.ndarray:
+    """Return how many turns of the samples have 0, 1, ... tokens."""
+    num_samples, most_turns = batch.turns_BP.shape
+    turns_BP = batch.turns_BP + (np.arange(num_samples) * (most_turns + 1))[:, None]
+    tokens_of_turns = np.bincount(turns_BP[batch.turns_BP > 0])
+    return np.bincount(tokens_of_turns[tokens_of_turns > 0], minlength=num_lengths)
 
 
 def _hash_of_text(tokens_L: np.ndarray, boundary: int, length: int) -> bytes:
@@ -238,10 +257,24 @@ def summarize(measured: Measured) -> dict[str, Any]:
             "unknown_share": num_unknown / num_text,
         },
         "vocabulary": _summarize_vocabulary(measured),
+        "masks": _summarize_masks(measured, num_text - num_unknown),
         "sample_lengths_tokens": {str(n): int(c) for n, c in enumerate(measured.length_counts) if c},
         "document_lengths_tokens": text["document_lengths_tokens"],
         "duplicates": measured.texts.summarize(),
         "recipe": _summarize_recipe(measured.recipe, data) if measured.recipe else None,
+    }
+
+
+def _summarize_masks(measured: Measured, num_maskable: int) -> dict[str, Any]:
+    data, counts = measured.data, measured.turn_length_counts
+    masked_K = np.sum([inspect.num_masked_of_sets(data, split) for split in SPLITS], axis=0)
+    tokens = counts * np.arange(len(counts))
+    return {
+        "rates": list(data.masks.rates_K),
+        "masked_shares": [_ratio(of_set, num_maskable) for of_set in masked_K.tolist()],
+        "turn_lengths_tokens": {str(length): int(count) for length, count in enumerate(counts) if count},
+        "block_share_of_turns": _ratio(counts[2:].sum(), counts.sum()),
+        "block_share_of_tokens": _ratio(tokens[2:].sum(), tokens.sum()),
     }
 
 
@@ -273,8 +306,12 @@ def _summarize_recipe(recipe: Recipe, data: DataSet) -> dict[str, Any]:
     num_text = sum(shard["num_tokens"] for shard in data.manifest["splits"]["train"]) - NUM_SPECIAL_TOKENS * num_samples
     seen_samples = recipe.train_batch_size * recipe.total_steps
     whole_epochs, rest_samples = divmod(seen_samples, num_samples)
-    mask_set_epochs = [float(len(range(k, whole_epochs, data.num_mask_sets))) for k in range(data.num_mask_sets)]
-    mask_set_epochs[whole_epochs % data.num_mask_sets] += rest_samples / num_samples
+    mask_set_epochs = [
+        float(count) for count in data.masks.epochs_of_sets(whole_epochs, -(-seen_samples // num_samples))
+    ]
+    if rest_samples:
+        last = data.masks.sets_of_epochs(np.array(whole_epochs), whole_epochs + 1)
+        mask_set_epochs[int(last)] += rest_samples / num_samples
     return {
         "deepspeed_config": str(recipe.path),
         "train_batch_size": recipe.train_batch_size,
@@ -307,10 +344,20 @@ def describe(measured: Measured) -> Iterator[str]:
     if vocabulary["never_seen"]:
         more = ", ..." if vocabulary["never_seen"] > len(vocabulary["never_seen_examples"]) else ""
         yield "  never: " + ", ".join(vocabulary["never_seen_examples"]) + more
+    yield _describe_masks(summary["masks"])
     yield _describe_duplicates(duplicates)
     if summary["recipe"]:
         yield _describe_recipe(summary["recipe"])
     yield from _describe_lengths(summary["document_lengths_tokens"], summary["sample_lengths_tokens"])
+
+
+def _describe_masks(masks: dict[str, Any]) -> str:
+    shares = [f"{share or 0:.2%}" for share in masks["masked_shares"]]
+    of_sets = shares[0] if len(set(masks["rates"])) == 1 else f"{', '.join(shares)} (by mask set)"
+    return (
+        f"masks: {of_sets} of the tokens of text; {masks['block_share_of_turns'] or 0:.1%} of the turns are blocks, with "
+        f"{masks['block_share_of_tokens'] or 0:.1%} of the masked tokens"
+    )
 
 
 def _describe_duplicates(duplicates: dict[str, Any]) -> str:

@@ -104,6 +104,11 @@ class Inputs:
     total_steps: int
     cloze: ClozePrompts | None
 
+    @property
+    def schedule_samples(self) -> int:
+        """Samples of the learning-rate schedule, or of the run where the schedule has no end."""
+        return (self.deepspeed.total_steps or self.total_steps) * self.batch_sizes.train_batch
+
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
     """The command line of run_pretrain.py."""

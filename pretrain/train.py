@@ -128,7 +128,12 @@ class Trainer:
         """The micro batches of the steps that are left."""
         has_one_shape = self._validation_has_one_shape and (self._config.compile or self._inputs.model.dropout == 0)
         batches = TrainingBatches(
-            self._inputs.data, self._config.objective, self._share, self._config.seed, one_shape=has_one_shape
+            self._inputs.data,
+            self._config.objective,
+            self._share,
+            self._config.seed,
+            total_samples=self._inputs.schedule_samples,
+            one_shape=has_one_shape,
         )
         starts = self._starts(self._samples_consumed, self._inputs.total_steps - self._engine.steps)
         return BatchesAhead(batches, starts, is_pinned=self._engine.device.type == "cuda")
@@ -318,7 +323,7 @@ class Trainer:
         write_fault(self._config.run, window, {
             "step": fault_step, "reason": reason, "samples_consumed": checkpoint.samples_consumed,
             "skipped": [asdict(skipped) for skipped in self._skipped], "identity": self._identity,
-            "data": str(self._config.data.resolve()), "attention": self._config.attention,
+            "data": str(self._config.data.resolve()), "schedule_samples": self._inputs.schedule_samples, "attention": self._config.attention,
             "activation_checkpointing": self._config.activation_checkpointing, "world_size": self._share.world_size,
             "micro_batch": self._share.micro_batch, "recent_steps": self._guard.recent,
         }, self._inputs.deepspeed.values, (

@@ -18,8 +18,9 @@ import psutil
 import sentencepiece
 
 from data_prep.files import write_manifest
+from data_prep.mask_settings import PAPER_MASKS
 from data_prep.masking import draw_masks
-from data_prep.packing import Texts, assemble, cut_into_texts
+from data_prep.packing import NUM_SPECIAL_TOKENS, Texts, assemble, cut_into_texts
 from data_prep.shards import SampleBatch, batch_of
 from pretrain.checkpoint import FORMAT, VERSION
 
@@ -50,10 +51,11 @@ def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_leng
     ]
     samples = assemble(texts_of(texts), seed=seed, first_sample=0, sos_id=SOS, eos_id=EOS)
     masks = draw_masks(
-        samples, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK, mask_sets=1, seed=seed,
+        samples, PAPER_MASKS, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK, seed=seed,
         first_sample=0,
     )  # fmt: skip
-    return batch_of(samples, masks.num_masked_B, masks.places_KM[0], max_length, PAD)
+    most_masked = PAPER_MASKS.max_masked(max_length, NUM_SPECIAL_TOKENS)
+    return batch_of(samples, masks.num_masked_KB[0], masks.places_K[0], max_length, most_masked, PAD)
 
 
 def texts_of(texts: Sequence[np.ndarray]) -> Texts:

@@ -95,15 +95,15 @@ def test_all_faults_are_in_one_message(tmp_path: Path) -> None:
         "corpus a: there are several of this name",
         "corpus number 2: has no name",
         "corpus number 2: paths is ['x', 1], expected a path or several",
-        "corpus number 2: epochs is 0, expected a number above 0",
+        "corpus number 2: epochs is 0, expected a number above 0 and up to 10,000",
         "corpus number 2: has epochs where there are weights: give every corpus a weight, or none",
         "corpus number 3: name is 2020, expected a text",
-        "corpus number 3: epochs is True, expected a number above 0",
+        "corpus number 3: epochs is True, expected a number above 0 and up to 10,000",
         "corpus number 3: weight is '1e3', expected a number above 0",
         "corpus number 3: has epochs where there are weights: give every corpus a weight, or none",
         "corpus a: weight is nan, expected a number above 0",
         "corpus b: has no paths",
-        "corpus b: epochs is inf, expected a number above 0",
+        "corpus b: epochs is inf, expected a number above 0 and up to 10,000",
         "corpus b: weight is -0.5, expected a number above 0",
         "corpus b: has epochs where there are weights: give every corpus a weight, or none",
     ]
@@ -141,6 +141,14 @@ def test_weights_are_the_shares_and_no_text_is_left_out(corpora: list[tuple[int,
     samples = [size * often for size, often in zip(sizes, epochs, strict=True)]
     assert [count / sum(samples) for count in samples] == [Fraction(w) / sum(map(Fraction, weights)) for w in weights]
     assert min(epochs) == 1
+
+
+def test_weights_that_make_too_many_samples() -> None:
+    epochs = epochs_of([Corpus([], weight=Fraction(weight)) for weight in (1e300, 1)], [10, 10])
+    with pytest.raises(
+        ValueError, match=r"weights make 1e\+301 samples, epochs of the corpora: 1e\+300, 1; choose smaller"
+    ):
+        TextOrder([10, 10], [0, 1], epochs)
 
 
 def test_a_corpus_without_text_has_no_epochs() -> None:
@@ -183,10 +191,10 @@ def test_the_order_is_its_plain_definition(
 
 
 def test_the_order_is_exact_where_floats_are_not() -> None:
-    """A third of 10**15 texts: each third one, to the last."""
-    order = TextOrder([10**15], [0], [Fraction(1, 3)])
-    assert order.num_samples == [333_333_333_333_333]
-    assert order.texts(333_333_333_333_330, 333_333_333_333_333)[1].tolist() == [10**15 - 8, 10**15 - 5, 10**15 - 2]
+    """Two ninths of 10**15 texts, to the last."""
+    order = TextOrder([10**15], [0], [Fraction(2, 9)])
+    assert order.num_samples == [222_222_222_222_222]
+    assert order.texts(222_222_222_222_219, 222_222_222_222_222)[1].tolist() == [10**15 - 11, 10**15 - 6, 10**15 - 2]
 
 
 def test_an_order_of_twenty_thousand_units_is_small_and_quickly_asked() -> None:
@@ -294,7 +302,7 @@ def test_other_epochs_are_another_data_set(novel_and_dictionary: Path, tmp_path:
     assert build_data(novel_and_dictionary, tmp_path / "data")
     assert not build_data(novel_and_dictionary, tmp_path / "data")
     novel_and_dictionary.write_text(novel_and_dictionary.read_text().replace("2.5", "2"))
-    with pytest.raises(ValueError, match="holds a data set made from other corpora; remove it"):
+    with pytest.raises(ValueError, match=r"holds a data set made from other corpora .*; remove it"):
         build_data(novel_and_dictionary, tmp_path / "data")
 
 
