@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv with the pinned versions of requirements.txt; `./setup.sh dev` adds those of requirements-dev.txt.
+# Sets up .venv with the pinned versions of requirements.txt; `./setup.sh dev` adds those of requirements-dev.txt, which
+# `make test` needs, and `./setup.sh all` also the programs that `make test-all` needs.
 # The build of torch is the one that suits the machine's GPUs. Packages that are installed already are left as they are.
 # PYTHON chooses the interpreter (3.11 or newer).
 set -euo pipefail
@@ -55,7 +56,7 @@ and here, with that file: .venv/bin/pip install --no-deps FILE, then ./setup.sh 
 
 main() {
     files=(requirements.txt)
-    [ "${1:-}" = dev ] && files+=(requirements-dev.txt)
+    case "${1:-}" in dev | all) files+=(requirements-dev.txt) ;; esac
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         fail "$python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.11"
@@ -63,9 +64,9 @@ main() {
 
     missing=()
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-    if [ "${1:-}" = dev ]; then
-        # One test compares with DeepSpeed's own optimizer, which is compiled; others run real sshd, pdsh, mpirun, Slurm, Chromium
-        # and networks.
+    if [ "${1:-}" = all ]; then
+        # A heavy test compares with DeepSpeed's own optimizer, which is compiled; others run real sshd, pdsh, mpirun, Slurm,
+        # Chromium and networks.
         [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
         command -v c++ >/dev/null || missing+=(g++)
         [ -x /usr/sbin/sshd ] || missing+=(openssh-server)

@@ -225,9 +225,10 @@ def _of_hosts(hosts: Hosts, answers: list[dict[str, Any]], args: Any) -> Iterato
         "shared folder": f"{args.run} must be on a file system that all hosts share (NFS, Lustre), not on each one's own disk",
         "data": "`python -m data_prep verify` there tells more; put the file back, or build it anew",
         "ports": "another --master_port, or end what listens there: `ss -ltnp`",
+        "precision": '"enabled": "auto" under fp16 and bf16 of the DeepSpeed JSON takes what every host has',
     }
     for check, cure in cures.items():
-        if check != "data" or "data" in first["values"]:
+        if check not in ("data", "precision") or "data" in first["values"]:
             faults = {name: answer["faults"][check] for name, answer in there.items() if check in answer["faults"]}
             yield row(check, faults, "as they must be", cure)
 
@@ -254,7 +255,8 @@ def _of_run(inputs: Inputs | None, args: Any) -> Iterator[Check]:
         yield Check("samples", "warning", found, remedy)
     else:
         yield Check("samples", "ok", found)
-    size = checkpoint_bytes(num_parameters(inputs.model), inputs.deepspeed.precision)
+    precision = inputs.deepspeed.allowed_precisions[-1]  # the widest, if the devices decide
+    size = checkpoint_bytes(num_parameters(inputs.model), precision)
     kept = len([*checkpoints_folder(args.run).glob("step*")])
     num_more = max(1, inputs.config.keep_last + 1 - kept)
     free = shutil.disk_usage(args.run).free

@@ -1,6 +1,6 @@
 """What `python -m pretrain.doctor` asks of each host: run there, a JSON object on stdin, another on stdout.
 
-Imports torch only for the all-reduce and where there are GPUs, so that the rest takes a second.
+Imports torch only for the all-reduce, for a DeepSpeed JSON's precision and where there are GPUs; the rest takes a second.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     if "deepspeed_config" in request:
         path = Path(request["deepspeed_config"])
         values["DeepSpeed JSON"] = sha256_of_file(path) if path.is_file() else "absent"
+        note("precision", lambda: _precision_fault(path))
     for port in request.get("ports", []):
         note("ports", partial(port_fault, port))
     num_gpus = 0 if "torch's build" in faults else len(gpus_to_use())
@@ -103,6 +104,18 @@ def versions() -> dict[str, str]:
         found["CUDA"] = match[1] if match else "none"
     found["driver"] = next(iter(nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")), "none")
     return found
+
+
+def _precision_fault(path: Path) -> str | None:
+    """Return why this host cannot train in the precision of a DeepSpeed JSON, or None; other faults of it are found elsewhere."""
+    from pretrain.device import speeds
+    from pretrain.ds_config import DeepSpeedConfig
+
+    try:
+        config = DeepSpeedConfig(path)
+    except (ValueError, OSError):
+        return None
+    return config.precision_fault(speeds())
 
 
 def _gpu_fault() -> str | None:

@@ -30,6 +30,8 @@ LONGEST_FIRST = (
     "test_mpi.py", "test_command_line.py", "test_execution.py",
 )  # fmt: skip
 
+HEAVY_FIXTURES = {"browser", "slurm", "two_hosts"}
+
 
 def pytest_configure() -> None:
     """Mark what the tests start; pytest's own worker processes inherit the mark."""
@@ -48,12 +50,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def end_what_it_started(request: pytest.FixtureRequest) -> Iterator[None]:
     """So that a failed test does not take the cores from the next."""
     yield
-    if "slow" in request.keywords:
+    if {"slow", "heavy"} & set(request.keywords):
         kill_left_processes(request.node.nodeid)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """So that at the end no process is left alone with a long file."""
+    """Mark the tests of programs that only `./setup.sh all` installs; sort the longest files to the front, so that both
+    processes end at about the same time."""
+    for item in items:
+        if HEAVY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("heavy")
     items.sort(key=lambda item: (*LONGEST_FIRST, item.path.name).index(item.path.name))
 
 

@@ -72,11 +72,11 @@ TASKS: tuple[Task, ...] = (
     ),
     QuestionAnswering(
         "wordnet-qa", "which of three glosses is of a field of meaning, or that none is", Sizes(2700, 200, 242),
-        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1e-3, "epochs": 3, "precision": "bf16"}, max_length_tokens=MAX_LENGTH_TOKENS,
+        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1e-3, "epochs": 3, "precision": "auto"}, max_length_tokens=MAX_LENGTH_TOKENS,
     ),
     Writing(
         WRITING, "a package's description: its synopsis", Sizes(25975, 300, 500),
-        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1.5e-3, "epochs": 1, "precision": "bf16"},
+        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1.5e-3, "epochs": 1, "precision": "auto"},
         Seq2SeqSettings(96, 32),
     ),
 )  # fmt: skip

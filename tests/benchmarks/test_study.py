@@ -88,7 +88,7 @@ def test_a_lead_has_the_rouge_of_what_it_copies(corpora: Path, tmp_path: Path) -
     assert 0 < floors["lead: first sentence"]["rouge_l"] < 100
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_small_study(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

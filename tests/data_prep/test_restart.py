@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import h5py
 import pytest
+from held_build import Hold, on_changes
 from support import REPOSITORY, environment, files_of
 
 from data_prep import build as build_module
@@ -70,19 +70,6 @@ def in_child(function: Callable[[], Any]) -> int:
             traceback.print_exc()
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def on_changes(react: Callable[[str, str], None]) -> None:
-    """From now on call `react(event, path)` before this process opens a file for writing, renames, removes or makes one."""
-    for_writing = os.O_WRONLY | os.O_RDWR
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            react(event, str(arguments[1 if event == "os.rename" else 0]))
-        elif event == "open" and arguments[2] & for_writing:
-            react(event, str(arguments[0]))
-
-    sys.addaudithook(hook)
 
 
 def make_and_be_killed(make: Make, folder: Path, change: int) -> None:
@@ -152,12 +139,12 @@ def test_killed_before_any_change_to_the_disk(build_small: Build, tmp_path: Path
     assert_killed_anywhere_it_goes_on(build_small, tmp_path, min_changes=30)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_killed_before_every_fifth_change_while_duplicates_are_dropped(build_small: Build, tmp_path: Path) -> None:
     assert_killed_anywhere_it_goes_on(partial(build_small, **CLEANED), tmp_path, min_changes=90, step=5)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_remask_killed_before_any_change_to_the_disk(undisturbed: Path, tmp_path: Path) -> None:
     def make(folder: Path) -> bool:
         with LocalProcesses(1) as processes:
@@ -313,28 +300,23 @@ def test_an_input_that_is_lost_or_changes_midway(
 
 
 class RunningBuild:
-    """`python -m data_prep build` with two workers, in a session of its own."""
+    """`python -m data_prep build` with two workers, in a session of its own, held at an event."""
 
-    def __init__(self, corpus: list[Path], tokenizer: Tokenizer, folder: Path) -> None:
-        words = ["--max_length_tokens", "16", "--mask_sets", "4", "--shard_samples", "128", "--workers", "2"]
-        command = [
-            sys.executable, "-m", "data_prep", "build", "--corpus", *map(str, corpus), "--tokenizer",
-            str(tokenizer.path), "--data", str(folder), *words,
-        ]  # fmt: skip
+    def __init__(self, corpus: list[Path], tokenizer: Tokenizer, folder: Path, num_events: int) -> None:
         self.folder = folder
-        self._lines_before = self._num_lines()
+        self.hold = Hold(folder.with_name("hold"), num_events)
+        command = self.hold.command(
+            "build", "--corpus", *corpus, "--tokenizer", tokenizer.path, "--data", folder, "--max_length_tokens", 16,
+            "--mask_sets", 4, "--shard_samples", 128, "--workers", 2,
+        )  # fmt: skip
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment(), start_new_session=True, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def _num_lines(self) -> int:
-        return sum(log.read_bytes().count(b"\n") for log in self.folder.glob("logs/*.log"))
-
-    def wait_for_lines(self, num_lines: int) -> None:
-        """Until it has logged so many."""
-        until(lambda: self._num_lines() - self._lines_before >= num_lines or self.process.poll() is not None)
-        assert self.process.poll() is None, "the build ended before it could be disturbed"
+    def wait_until_held(self) -> None:
+        assert until(self.hold.is_reached)
+        assert self.process.poll() is None
 
     def members(self) -> list[int]:
         """Processes of the build that are alive."""
@@ -361,9 +343,10 @@ class RunningBuild:
         if self.members():
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
+        self.hold.release()
 
 
-def until(condition: Callable[[], bool], patience_s: float = 30.0) -> bool:
+def until(condition: Callable[[], bool], patience_s: float = 120.0) -> bool:
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
@@ -392,6 +375,7 @@ def assert_all_can_be_killed(running: RunningBuild) -> None:
 
 def assert_ctrl_c_ends_it(running: RunningBuild) -> None:
     os.killpg(running.process.pid, signal.SIGINT)
+    running.hold.release()  # the workers end their tasks
     assert running.wait() == ["python -m data_prep build: interrupted"]
     assert running.process.returncode == 130
     assert not list(running.folder.glob(".*.partial"))
@@ -407,19 +391,18 @@ def test_a_build_killed_again_and_again(
     draw = random.Random(1)
     finished: dict[Path, int] = {}
     hashing = 2 * len(corpus)
-    for end, num_lines in [
+    for end, num_events in [
         (assert_a_killed_worker_ends_it, 1),
         (assert_workers_do_not_outlive_it, draw.randrange(5, hashing)),
-        (assert_all_can_be_killed, hashing + draw.randrange(5, 25)),
-        (assert_a_killed_worker_ends_it, hashing + draw.randrange(5, 25)),
-        (assert_ctrl_c_ends_it, hashing + draw.randrange(5, 25)),
+        (assert_all_can_be_killed, hashing + draw.randrange(20, 80)),
+        (assert_a_killed_worker_ends_it, hashing + draw.randrange(20, 80)),
+        (assert_ctrl_c_ends_it, hashing + draw.randrange(20, 80)),
     ]:
-        running = RunningBuild(corpus, tokenizer, folder)
+        running = RunningBuild(corpus, tokenizer, folder, num_events)
         try:
-            running.wait_for_lines(num_lines)
-            assert until(lambda: bool(running.workers()))  # noqa: B023
+            running.wait_until_held()
             end(running)
-            assert until(lambda: not running.members(), patience_s=10)  # noqa: B023
+            assert until(lambda: not running.members())  # noqa: B023
         finally:
             running.stop()
         assert not (folder / MANIFEST).exists()

@@ -147,3 +147,28 @@ def test_a_bad_hostfile_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) 
         (tmp_path / "hosts").write_text(f"# hosts\n{line}\n")
         assert doctor.main(["--hostfile", str(tmp_path / "hosts")]) == 2
         assert f"hosts: line 2: found '{line}', expected a host and its ranks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_precision_that_a_host_lacks_is_found(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # for the process that looks at the host
+    for enabled, status in ((True, "FAILED"), ("auto", "ok")):
+        config = deepspeed_json(tmp_path / "ds.json", fp16={"enabled": enabled})
+        flags = [
+            "--deepspeed_config",
+            str(config),
+            "--data",
+            str(data_folder),
+            "--run",
+            str(tmp_path / "run"),
+            "--json",
+        ]
+        doctor.main([*flags, "--model", "tiny", "--master_port", str(free_port())])
+        row = rows_of(capsys.readouterr().out)["precision"]
+        assert row["status"] == status, row
+        if enabled is True:
+            assert f"here: {config}: fp16.enabled: fp16 has no fast arithmetic on this device" in row["found"]
+            assert "auto" in row["remedy"]

@@ -14,9 +14,6 @@ from support import REPOSITORY, deepspeed_json, environment
 
 from pretrain.metrics import read_records
 
-pytestmark = pytest.mark.slow
-STEPS, ENDLESS = 80, 100_000
-
 
 class Cluster:
     """Commands of the private Slurm."""
@@ -63,19 +60,21 @@ def cluster(slurm: dict[str, str], tmp_path: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def flags(request: pytest.FixtureRequest, data_folder: Path, tmp_path: Path) -> list[str]:
-    """Of a training of STEPS, or of as many as the test says by `indirect`."""
-    steps = getattr(request, "param", STEPS)
-    schedule = {"warmup_max_lr": 1e-2, "warmup_num_steps": 1, "warmup_type": "linear", "total_num_steps": steps}
-    config = deepspeed_json(
-        tmp_path / "ds.json", train_batch_size=8, scheduler={"type": "WarmupDecayLR", "params": schedule}
-    )
+def flags(data_folder: Path, tmp_path: Path) -> list[str]:
+    """Of a training that ends when a test says so by `set_steps`."""
+    set_steps(tmp_path, 100_000)
     return [
-        "run_pretrain.sh", "--deepspeed_config", str(config), "--data", str(data_folder), "--ranks", "1", "--model",
+        "run_pretrain.sh", "--deepspeed_config", str(tmp_path / "ds.json"), "--data", str(data_folder), "--ranks", "1", "--model",
         "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--dropout", "0.1", "--log_every_steps", "1",
         "--validate_every_steps", "0",
         "--spike_deviations", "0",
     ]  # fmt: skip
+
+
+def set_steps(folder: Path, steps: int) -> None:
+    """Write the DeepSpeed JSON of a training of so many steps."""
+    schedule = {"warmup_max_lr": 1e-2, "warmup_num_steps": 1, "warmup_type": "linear", "total_num_steps": steps}
+    deepspeed_json(folder / "ds.json", train_batch_size=8, scheduler={"type": "WarmupDecayLR", "params": schedule})
 
 
 def train_steps(run: Path) -> list[int]:
@@ -95,19 +94,19 @@ def test_a_job_that_another_goes_before_saves_is_requeued_and_finishes(
     assert cluster.state(job) == "PENDING"
     (stop,) = [record for record in read_records(run) if record["kind"] == "stop"]
     assert stop["reason"] == "SIGTERM"
-    assert stop["step"] < STEPS
+    last_step = stop["step"] + 10
+    set_steps(tmp_path, last_step)
     # Slurm puts a requeued job off for two minutes; in the second in which it was ended, a node would refuse it.
     cluster("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     cluster.wait_until(lambda: cluster.state(chained) == "COMPLETED", job, chained)
     assert cluster.state(job) == "COMPLETED", cluster.output(job)
     assert "Restarts=1 " in cluster("scontrol", "--oneliner", "show", "job", job)
-    assert train_steps(run) == list(range(1, STEPS + 1))
+    assert train_steps(run) == list(range(1, last_step + 1))
     starts = [record for record in read_records(run) if record["kind"] == "start"]
     assert [(record["world_size"], record["resumed"]) for record in starts][:2] == [(2, False), (2, True)]
     assert "nothing left to train" in cluster.output(chained)
 
 
-@pytest.mark.parametrize("flags", [ENDLESS], indirect=True)
 def test_what_the_time_limit_ends_the_next_of_an_array_goes_on_with(
     cluster: Cluster, flags: list[str], tmp_path: Path
 ) -> None:

@@ -16,6 +16,8 @@ from pretrain.attention_flex import mask_mod, score_mod
 from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
 from pretrain.model import PMLM, PMLMConfig
 
+pytestmark = pytest.mark.old_processor
+
 HEADS, HEAD_SIZE = 4, 8
 
 

@@ -18,7 +18,7 @@ from pretrain.ds_config import DeepSpeedConfig
 from pretrain.layout import Objective, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.old_processor]
 
 FP32 = {"fp16": None, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
 
@@ -196,6 +196,7 @@ def _twenty_steps_of_each(rank: int, config: Path, out: Path) -> None:
         torch.save(found, out)
 
 
+@pytest.mark.heavy
 def test_twenty_steps_are_those_of_deepspeeds_fused_adam(two_ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed compiles its own at first use, for which this test needs a C++ compiler."""
     config = deepspeed_json(tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8, fp16=None)

@@ -65,7 +65,7 @@ def test_max_hours_counts_from_the_start_of_the_process() -> None:
     process = start(str(3 / 3600))
     started = psutil.Process(process.pid).create_time()
     assert process.communicate(timeout=20)[0] == "--max_hours\n"
-    assert 3 <= time.time() - started < 15
+    assert time.time() - started >= 3
 
 
 def test_a_launcher_that_is_gone_is_a_reason_and_a_shell_is_not(tmp_path: Path) -> None:
