@@ -74,11 +74,11 @@ def test_none_whole_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
 
 def _store(run: Path, keep_last: int = 1) -> Any:
     """Weights and moments of 3 MB."""
-    from pretrain.checkpoint import CheckpointStore
+    from pretrain.checkpoint_store import CheckpointStore
     from pretrain.ds_config import DeepSpeedConfig
     from pretrain.engine import Engine
 
-    config = DeepSpeedConfig(deepspeed_json(run.with_suffix(f".{os.getpid()}.json"), train_batch_size=16))
+    config = DeepSpeedConfig(deepspeed_json(run.with_suffix(f".{os.getpid()}.json"), train_batch_size=16, fp16=None))
     model = PMLM(PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64))
     return CheckpointStore(run, Engine(model, config), {}, keep_last, 0)
 
