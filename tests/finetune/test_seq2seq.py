@@ -454,7 +454,7 @@ def test_an_interrupted_training_goes_on_to_the_bit(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_launchers_train_what_one_process_does(copying: Path, command: Command, tmp_path: Path) -> None:
     """torchrun, and DeepSpeed's launcher with ZeRO-2: the same weights but for the rounding of sums."""
     few = ("--epochs", 12, "--eval_steps", 12, "--micro_batch_size", 4, "--learning_rate", 1e-3)
