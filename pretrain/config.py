@@ -196,6 +196,8 @@ class _Checks:
                 "--cloze_prompts needs an objective with AE, which fills in masks, and --objective is "
                 f"{self.config.objective.value}"
             )
+        if self.config and self.config.compile and (fault := compiler_fault()):
+            self.faults.append(f"--compile: {fault}")
         if self.deepspeed:
             self._check_recipe(args, device)
 
@@ -211,7 +213,7 @@ class _Checks:
         recipe: DeepSpeedConfig = self.deepspeed
         if device and (fault := recipe.precision_fault(device)):
             self.faults.append(fault)
-        if recipe.offloads_optimizer and (fault := compiler_fault()):
+        if recipe.offloads_optimizer and (fault := compiler_fault("ninja")):
             self.faults.append(f"{recipe.path}: zero_optimization.offload_optimizer: {fault}")
         self.total_steps = args.max_steps or recipe.total_steps
         if self.total_steps is None:

@@ -253,10 +253,11 @@ def test_a_precision_that_the_machine_lacks_is_refused_first(config: Path, tmp_p
     assert_user_error(run_command([*command, "--check_for_ranks", "3"]), "is not train_micro_batch_size_per_gpu 8")
 
 
-def test_an_offloaded_optimizer_needs_a_compiler(config: Path, tmp_path: Path) -> None:
+def test_an_offloaded_optimizer_and_compiled_layers_need_a_compiler(config: Path) -> None:
     config = deepspeed_json(config, zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
-    command = ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--check_for_ranks", "1"]
-    assert_user_error(run_command(command, CXX="no-such-compiler"), "offload_optimizer", "no-such-compiler is missing")
+    command = ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--check_for_ranks", "1", "--compile"]
+    done = run_command(command, CXX="no-such-compiler")
+    assert_user_error(done, "offload_optimizer: ", "--compile: ", "the program no-such-compiler is missing")
 
 
 def test_a_batch_that_the_ranks_do_not_divide(config: Path, data_folder: Path, tmp_path: Path) -> None:
