@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import sys
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from pydantic import ValidationError
 from torch import nn
 
@@ -21,6 +23,22 @@ from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses, has_weight_decay
 from pretrain.partitions import MOMENTS, WEIGHT, Partitions
+
+
+def _import_muon_without_compiler() -> None:
+    """Import DeepSpeed's Muon optimizer so that it does not load torch's compiler.
+
+    `deepspeed.initialize` imports it, nothing here uses it, and the compiler takes two seconds of every start.
+    """
+    make_decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = make_decorator
+
+
+_import_muon_without_compiler()
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The attributes of DeepSpeed's dynamic loss scaler that change while it works. Its others are settings of the JSON."""

@@ -156,6 +156,6 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forking_ranks() -> Iterator[Ranks]:
     """Four processes that fork into the ranks of runs of one to four ranks: `forking_ranks(function, *arguments)`."""
-    ranks = Ranks(4, timeout_s=1200, is_joined=False)
+    ranks = Ranks(4, is_joined=False)
     yield ranks
     ranks.end()

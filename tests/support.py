@@ -132,7 +132,7 @@ def kill_left_processes(test: str | None = None) -> None:
 
 
 def run_command(
-    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 300, **changes: str
+    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 1200, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr are captured as text."""
     return subprocess.run(
@@ -143,7 +143,7 @@ def run_command(
 def run_in_shell(command: str, folder: Path) -> str:
     """A command line that must succeed, as a user types it; its stdout and stderr, together."""
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), text=True, timeout=300, check=False, executable="/bin/bash",
+        command, shell=True, cwd=folder, env=environment(), text=True, timeout=1200, check=False, executable="/bin/bash",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
@@ -151,7 +151,7 @@ def run_in_shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
     """Run a Python script as the ranks of a run, without a launcher; all their stderr is in the result."""
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

@@ -40,7 +40,7 @@ class TwoHosts:
         (folder / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\n")
         env = self.environment() | {"DS_ENV_FILE": str(folder / ".deepspeed_env")}
         done = subprocess.run(
-            command, shell=True, cwd=cwd or folder, env=env, text=True, timeout=300, check=False,
+            command, shell=True, cwd=cwd or folder, env=env, text=True, timeout=1200, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.stdout
