@@ -187,7 +187,7 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
             return encode(texts)
 
     def read(unit: Unit) -> Iterator[Document]:
-        return cleaned(read_unit(sources, unit), NO_CLEANING, Counter())
+        return cleaned(read_unit(unit), NO_CLEANING, Counter())
 
     tokenizer.encode_texts = timed_encode  # type: ignore[method-assign]
     waiting: list[Texts] = []

@@ -97,21 +97,24 @@ def build(
 ) -> bool:
     """Make the data set `folder`, or go on with it; returns False, having done nothing, if it is made already.
 
-    Every process of `processes` calls this. Raises ValueError for bad input, and where `folder` holds a data set, whole
-    or unfinished, made from something else.
+    Raises ValueError for bad input, and where `folder` holds a data set, whole or unfinished, made from something else.
     """
-    sources = processes.on_main(lambda: sources_of(mixture))
-    units = processes.on_main(lambda: plan_units(sources))
-    tokenizer = processes.on_main(lambda: _describe_tokenizer(tokenizer_path))
-    log_folder = processes.on_main(lambda: None if manifest_path(folder).exists() else folder / LOGS)
-    processes.prepare(_set_up, tokenizer_path, folder, parameters, sources, cleaning, duplicates, log_folder=log_folder)
+    sources = sources_of(mixture)
+    units = plan_units(sources)
+    tokenizer = _describe_tokenizer(tokenizer_path)
+    processes.prepare(
+        _set_up, tokenizer_path, folder, parameters, cleaning, duplicates,
+        log_folder=None if manifest_path(folder).exists() else folder / LOGS,
+    )  # fmt: skip
 
     total_bytes = sum(s.size_bytes for s in sources)
-    hashes: dict[int, str] = {}  # only the main process knows them
+    hashes: dict[int, str] = {}
     processes.run(
-        _hash_source, [(i,) for i in range(len(sources))], Stage("read input", total_bytes, "B"),
+        _hash_source,
+        enumerate(sources),
+        Stage("read input", total_bytes, "B"),
         lambda work: hashes.update([work.value]),
-    )  # fmt: skip
+    )
     made_from = {
         "parameters": asdict(parameters) | asdict(cleaning) | asdict(duplicates),
         "tokenizer": tokenizer,
@@ -123,34 +126,32 @@ def build(
             for i, s in enumerate(sources)
         ],
     }  # fmt: skip
-    if processes.on_main(lambda: is_made(folder, made_from)):
+    if is_made(folder, made_from):
         return False
 
     def run_over_units(what: str, task: Task, is_finished: Callable[[int], bool], *words: Any) -> None:
-        todo = processes.on_main(lambda: [i for i in range(len(units)) if not is_finished(i)])
+        todo = [i for i in range(len(units)) if not is_finished(i)]
         done_bytes = total_bytes - sum(units[i].size_bytes for i in todo)
-        processes.run(task, [(i, units[i], *words) for i in todo], Stage(what, total_bytes, "B", done_bytes))
+        processes.run(task, ((i, units[i], *words) for i in todo), Stage(what, total_bytes, "B", done_bytes))
 
     if duplicates.kinds:
-        bands = processes.on_main(lambda: choose_bands(duplicates))
-        processes.on_main(lambda: _hashes(folder).mkdir(exist_ok=True))
-        run_over_units("hash texts", _hash_unit, partial(is_hashed, _hashes(folder)), bands)
+        _hashes(folder).mkdir(exist_ok=True)
+        run_over_units("hash texts", _hash_unit, partial(is_hashed, _hashes(folder)), choose_bands(duplicates))
         find_duplicates(_hashes(folder), len(units), duplicates, processes)
     run_over_units("tokenize", _tokenize_unit, partial(is_done, folder / WORK))
-    counts = processes.on_main(lambda: [read_counts(folder / WORK, unit) for unit in range(len(units))])
-    totals = processes.on_main(lambda: _totals_of_corpora(mixture, folder, units, counts))
-    orders = processes.on_main(lambda: _order_texts(mixture, folder, units, counts, totals))
-    shards = processes.on_main(lambda: _plan_shards(orders, parameters.shard_samples))
-    todo_shards = processes.on_main(lambda: [shard for shard in shards if not _shard_file(folder, shard).exists()])
+    counts = [read_counts(folder / WORK, unit) for unit in range(len(units))]
+    totals = _totals_of_corpora(mixture, folder, units, counts)
+    orders = _order_texts(mixture, folder, units, counts, totals)
+    shards = _plan_shards(orders, parameters.shard_samples)
+    todo = [shard for shard in shards if not _shard_file(folder, shard).exists()]
     num_samples = sum(s.num_samples for s in shards)
-    stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo_shards))
-    processes.run(_write_shard, [(shard, orders[shard.split]) for shard in todo_shards], stage)
-    shares = processes.on_main(lambda: _shares(mixture, totals, orders))
-    processes.on_main(lambda: _declare_whole(folder, tokenizer_path, made_from, totals, shares, shards, parameters))
+    stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo))
+    processes.run(_write_shard, ((shard, _texts_of(orders[shard.split], shard)) for shard in todo), stage)
+    _declare_whole(folder, tokenizer_path, made_from, totals, _shares(mixture, totals, orders), shards, parameters)
     return True
 
 
-# ---- what the main process decides
+# ---- what the conductor decides
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:
@@ -262,6 +263,17 @@ def _plan_shards(orders: dict[Split, TextOrder], shard_samples: int) -> list[_Sh
     return plans
 
 
+def _texts_of(order: TextOrder, shard: _ShardPlan) -> list[tuple[int, np.ndarray | slice]]:
+    """The unit of each of the shard's texts, and their numbers in it: a slice, where each is the next."""
+    units, numbers = order.texts(shard.first, shard.first + shard.num_samples)
+    starts = np.flatnonzero(np.diff(units)) + 1
+    texts: list[tuple[int, np.ndarray | slice]] = []
+    for of_unit, in_unit in zip(np.split(units, starts), np.split(numbers, starts), strict=True):
+        is_run = bool((np.diff(in_unit) == 1).all())
+        texts.append((int(of_unit[0]), slice(int(in_unit[0]), int(in_unit[-1]) + 1) if is_run else in_unit))
+    return texts
+
+
 def _declare_whole(
     folder: Path,
     tokenizer_path: Path,
@@ -338,7 +350,6 @@ class _Worker:
     tokenizer: Tokenizer
     folder: Path
     parameters: BuildParameters
-    sources: list[Source]
     cleaning: CleanSettings
     duplicates: DuplicateSettings
 
@@ -351,15 +362,14 @@ def _set_up(tokenizer_path: Path, *settings: Any) -> None:
     _worker = _Worker(load_tokenizer(tokenizer_path), *settings)
 
 
-def _hash_source(index: int) -> Work:
+def _hash_source(index: int, source: Source) -> Work:
     """The value is the number of the source and its hash."""
-    source = _worker.sources[index]
     with refuse_changes([source]):
         return Work(source.size_bytes, value=(index, sha256_of_file(source.path)))
 
 
 def _read_cleaned(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
-    return cleaned(read_unit(_worker.sources, unit), _worker.cleaning, counts)
+    return cleaned(read_unit(unit), _worker.cleaning, counts)
 
 
 def _hash_unit(index: int, unit: Unit, bands: tuple[int, int]) -> Work:
@@ -382,22 +392,14 @@ def _tokenize_unit(index: int, unit: Unit) -> Work:
     return Work(unit.size_bytes, sum(_documents(counts).values()), num_tokens)
 
 
-def _texts_of(shard: _ShardPlan, order: TextOrder) -> Texts:
-    units, numbers = order.texts(shard.first, shard.first + shard.num_samples)
-    starts = np.flatnonzero(np.diff(units)) + 1
-    return Texts.concatenate([
-        read_texts(_worker.folder / WORK, int(of_unit[0]), shard.split)[numbers_in_unit]
-        for of_unit, numbers_in_unit in zip(np.split(units, starts), np.split(numbers, starts), strict=True)
-    ])  # fmt: skip
-
-
-def _write_shard(shard: _ShardPlan, order: TextOrder) -> Work:
+def _write_shard(shard: _ShardPlan, texts: list[tuple[int, np.ndarray | slice]]) -> Work:
     """Leave the shard in its place and its entry of the manifest in a file."""
     parameters, tokenizer = _worker.parameters, _worker.tokenizer
     tokenizer.forget_words()
     first_sample = number_of_sample(shard.split, shard.first)
+    of_units = [read_texts(_worker.folder / WORK, unit, shard.split)[numbers] for unit, numbers in texts]
     samples = assemble(
-        _texts_of(shard, order), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,
+        Texts.concatenate(of_units), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,
         eos_id=tokenizer.eos_id,
     )  # fmt: skip
     masks = draw_mask_sets(samples, tokenizer, parameters, first_sample)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,7 @@ class ReadSettings:
 DEFAULT_READING = ReadSettings()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """An input file."""
 
@@ -53,7 +54,7 @@ class Source:
     """Which corpus of a mixture it is of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a source: its bytes [start, stop), or its row groups or record batches where it has those.
 
@@ -61,18 +62,22 @@ class Piece:
     blank line before it begins. So every piece is read by itself, forward only, and no document twice.
     """
 
-    source: int
+    source: Source
     start: int
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
-    """What one process reads at a time, all of one corpus."""
+    """A task's share of the input, all of one corpus. It names its files itself, so that nobody needs the list of all."""
 
     pieces: tuple[Piece, ...]
     size_bytes: int
     corpus: int
+
+    def __str__(self) -> str:
+        first, *others = self.pieces
+        return f"{first.source.name} from {first.start}" + (f" and {len(others)} more" if others else "")
 
 
 @dataclass(frozen=True)
@@ -205,11 +210,11 @@ def plan_units(sources: Sequence[Source], unit_bytes: int = 8 * 2**20) -> list[U
     Raises ValueError for a table without the column of texts, or one that is damaged.
     """
     units = []
-    for corpus, of_corpus in groupby(enumerate(sources), key=lambda numbered: numbered[1].corpus):
+    for corpus, of_corpus in groupby(sources, key=attrgetter("corpus")):
         pieces: list[Piece] = []
         size_bytes = 0
-        for index, source in of_corpus:
-            for piece, piece_bytes in _split(index, source, unit_bytes):
+        for source in of_corpus:
+            for piece, piece_bytes in _split(source, unit_bytes):
                 if pieces and size_bytes + piece_bytes > unit_bytes:
                     units.append(Unit(tuple(pieces), size_bytes, corpus))
                     pieces, size_bytes = [], 0
@@ -219,7 +224,7 @@ def plan_units(sources: Sequence[Source], unit_bytes: int = 8 * 2**20) -> list[U
     return units
 
 
-def _split(index: int, source: Source, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _split(source: Source, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
     """The pieces of a source; their sizes add up to its own."""
     whole_bytes = source.size_bytes
     parts, step = whole_bytes, unit_bytes
@@ -231,7 +236,7 @@ def _split(index: int, source: Source, unit_bytes: int) -> Iterator[tuple[Piece,
     for start in range(0, max(parts, 1), max(step, 1)):
         stop = min(start + max(step, 1), parts)
         piece_bytes = whole_bytes * stop // parts - whole_bytes * start // parts if parts else whole_bytes
-        yield Piece(index, start, stop), piece_bytes
+        yield Piece(source, start, stop), piece_bytes
 
 
 def read_documents(
@@ -239,19 +244,19 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of all units, in order; `advance` is told the bytes read. Raises what `read_unit` raises."""
     for unit in plan_units(sources):
-        yield from read_unit(sources, unit)
+        yield from read_unit(unit)
         advance(unit.size_bytes)
 
 
-def read_unit(sources: Sequence[Source], unit: Unit) -> Iterator[Document]:
+def read_unit(unit: Unit) -> Iterator[Document]:
     """The documents of a unit in order; the units' documents together do not depend on how the sources were split.
 
     Raises ValueError for text that is not UTF-8 (file and byte offset, or row), a line that is not a JSON object with
     a string under `text_field`, a document over 256 MiB, or a file that is damaged or has changed since `find_sources`.
     """
-    with refuse_changes([sources[index] for index in sorted({piece.source for piece in unit.pieces})]):
+    with refuse_changes({piece.source: None for piece in unit.pieces}):
         for piece in unit.pieces:
-            source = sources[piece.source]
+            source = piece.source
             if is_table(source.path):
                 yield from _rows(source, piece)
             elif format_of(source.path) == ".jsonl":

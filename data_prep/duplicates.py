@@ -213,11 +213,11 @@ def _read_parts(folder: Path) -> _Parts:
 
 def find_duplicates(folder: Path, num_units: int, settings: DuplicateSettings, processes: Processes) -> None:
     """From the hashes of all units to what is dropped of each part; goes on where it was interrupted."""
-    num_hashes = processes.on_main(lambda: _gather_parts(folder, num_units))
-    num_parts = processes.on_main(lambda: len(_read_parts(folder).unit_P))
+    num_hashes = _gather_parts(folder, num_units)
+    num_parts = len(_read_parts(folder).unit_P)
 
     def run(what: str, task: Task, result: Callable[[int], Path], num: int, *words: Any) -> None:
-        todo = processes.on_main(lambda: [number for number in range(num) if not result(number).exists()])
+        todo = [number for number in range(num) if not result(number).exists()]
         stage = Stage(what, num, "task", num - len(todo))
         processes.run(task, [(folder, number, *words) for number in todo], stage)
 
@@ -226,7 +226,7 @@ def find_duplicates(folder: Path, num_units: int, settings: DuplicateSettings, p
         run(f"find {what}", _find_firsts, partial(_firsts_file, folder, kind, num), num, kind, num, settings)
         if kind == "near_duplicate_documents":
             run("compare them", _find_pairs, partial(_pairs_file, folder), num_parts, num, settings)
-            processes.on_main(lambda: _drop_near_duplicates(folder))
+            _drop_near_duplicates(folder)
         else:
             result = partial(_dropped_file, folder, kind)
             run("drop them", _drop_later_ones, result, num_parts, kind, num, settings)

@@ -201,10 +201,10 @@ def test_an_order_of_twenty_thousand_units_is_small_and_quickly_asked() -> None:
 def test_a_unit_is_of_one_corpus(novel_and_dictionary: Path) -> None:
     sources = sources_of(read_mixture(novel_and_dictionary))
     units = plan_units(sources, unit_bytes=2**40)
-    assert [[piece.source for piece in unit.pieces] for unit in units] == [[0, 1], [2, 3]]
+    assert [[piece.source for piece in unit.pieces] for unit in units] == [sources[:2], sources[2:]]
     assert [unit.corpus for unit in units] == [0, 1]
     for unit in plan_units(sources, unit_bytes=3000):
-        assert {sources[piece.source].corpus for piece in unit.pieces} == {unit.corpus}
+        assert {piece.source.corpus for piece in unit.pieces} == {unit.corpus}
 
 
 # ---- the data set
