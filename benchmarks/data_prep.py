@@ -202,7 +202,7 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
             with timed("tokenize"):
                 texts, counts = tokenize(read(unit), tokenizer, parameters)
             with timed("texts to files and back"):
-                write_unit(folder, index, texts, counts)
+                write_unit(folder, index, texts, counts, b"")
                 waiting.append(read_texts(folder, index, "train"))
             bar.update(1)
             while sum(len(texts.num_ids_B) for texts in waiting) >= parameters.shard_samples or index == len(units) - 1:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cleaning import CLEANING_COUNTS, NO_CLEANING, CleanSettings, cleaned, is_too_short
-from data_prep.corpus import Document, Source, Unit, plan_units, read_unit, refuse_changes
+from data_prep.corpus import Document, Source, Unit, plan_units, read_unit
 from data_prep.duplicates import (
     KEEP_DUPLICATES,
     KINDS,
@@ -35,7 +36,20 @@ from data_prep.duplicates import (
     is_hashed,
     without_duplicates,
 )
-from data_prep.files import read_json, sha256_of_file, write_json, write_whole
+from data_prep.duplicates import read_digests as read_first_digests
+from data_prep.files import read_json, write_json, write_whole
+from data_prep.inputs import (
+    SOURCE_LIST,
+    TIMES,
+    describe_sources,
+    digests_of_unit,
+    find_changed,
+    hashes_of_sources,
+    read_source_hashes,
+    refuse_other_digests,
+    remember_times,
+    write_source_list,
+)
 from data_prep.masking import (
     BLOCK_PROBABILITY,
     MASK_PERCENT,
@@ -61,13 +75,14 @@ from data_prep.shards import (
     write_shard,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from data_prep.units import describe_text, is_done, read_counts, read_texts, tokenize, write_unit
+from data_prep.units import describe_text, is_done, read_counts, read_digests, read_texts, tokenize, write_unit
 
 WORK = ".work"
 _PLAN = "plan.json"
-_WORK_VERSION = 2
+_WORK_VERSION = 3
 """Of what is in WORK, and of how masks are drawn: a new one for each change that would make half a data set another's."""
 _SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
+_PARTIAL = tuple(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*", SOURCE_LIST, TIMES))
 _FIRST_VALIDATION_SAMPLE = 2**48
 _DROPPED = ("too_short_documents", "too_long_documents", *KINDS)
 
@@ -100,34 +115,19 @@ def build(
     Raises ValueError for bad input, and where `folder` holds a data set, whole or unfinished, made from something else.
     """
     sources = sources_of(mixture)
-    units = plan_units(sources)
-    tokenizer = _describe_tokenizer(tokenizer_path)
-    processes.prepare(
-        _set_up, tokenizer_path, folder, parameters, cleaning, duplicates,
-        log_folder=None if manifest_path(folder).exists() else folder / LOGS,
-    )  # fmt: skip
-
-    total_bytes = sum(s.size_bytes for s in sources)
-    hashes: dict[int, str] = {}
-    processes.run(
-        _hash_source,
-        enumerate(sources),
-        Stage("read input", total_bytes, "B"),
-        lambda work: hashes.update([work.value]),
-    )
-    made_from = {
+    made_from: dict[str, Any] = {
         "parameters": asdict(parameters) | asdict(cleaning) | asdict(duplicates),
-        "tokenizer": tokenizer,
+        "tokenizer": _describe_tokenizer(tokenizer_path),
         "corpora": [corpus.settings() for corpus in mixture],
-        "sources": [
-            {
-                "corpus": mixture[s.corpus].name, "name": s.name, "size_bytes": s.size_bytes, "sha256": hashes.get(i),
-            }
-            for i, s in enumerate(sources)
-        ],
-    }  # fmt: skip
+        "sources": describe_sources(mixture, sources),
+    }
     if is_made(folder, made_from):
+        _refuse_other_text(folder, sources, processes)
         return False
+    processes.prepare(_set_up, tokenizer_path, folder, parameters, cleaning, duplicates, log_folder=folder / LOGS)
+    units = plan_units(sources)
+    total_bytes = made_from["sources"]["size_bytes"]
+    _refuse_other_text_of_done_units(folder, sources, units, processes)
 
     def run_over_units(what: str, task: Task, is_finished: Callable[[int], bool], *words: Any) -> None:
         todo = [i for i in range(len(units)) if not is_finished(i)]
@@ -147,6 +147,8 @@ def build(
     num_samples = sum(s.num_samples for s in shards)
     stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo))
     processes.run(_write_shard, ((shard, _texts_of(orders[shard.split], shard)) for shard in todo), stage)
+    digests = ((unit, read_digests(folder / WORK, number)) for number, unit in enumerate(units))
+    made_from["source_list"] = write_source_list(folder, mixture, hashes_of_sources(digests))
     _declare_whole(folder, tokenizer_path, made_from, totals, _shares(mixture, totals, orders), shards, parameters)
     return True
 
@@ -179,7 +181,7 @@ def is_made(folder: Path, made_from: dict[str, Any]) -> bool:
         _refuse_changes(folder, "an unfinished data set", plan, made_from)
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(folder, *_SHARDS, *(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*")))
+    _remove(folder, *_SHARDS, *_PARTIAL, SOURCE_LIST, TIMES)
     work.mkdir(exist_ok=True)
     write_json(work / _PLAN, {**made_from, "work_version": _WORK_VERSION})
     return False
@@ -193,9 +195,55 @@ def _remove(folder: Path, *patterns: str) -> None:
 
 
 def _refuse_changes(folder: Path, what: str, found: dict[str, Any], made_from: dict[str, Any]) -> None:
+    if "sources" in made_from and isinstance(found.get("sources"), list):
+        raise ValueError(
+            f"{folder}: holds {what} made by an earlier version of this program. Training reads it, but it cannot be compared "
+            "with this corpus; remove it or choose another folder"
+        )
     changed = [key for key, value in made_from.items() if found.get(key) != value]
     if changed:
         raise ValueError(f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another")
+
+
+def _read_digests_again(units: Iterable[tuple[int, Unit]], num_bytes: int, processes: Processes) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    processes.run(_read_again, units, Stage("read input", num_bytes, "B"), lambda work: found.update([work.value]))
+    return found
+
+
+def _refuse_other_text(folder: Path, sources: list[Source], processes: Processes) -> None:
+    """Raise ValueError if a data set was made from other text than the sources hold; those of the same time are believed."""
+    changed = find_changed(folder, sources)
+    if not len(changed):
+        return
+    units = plan_units([sources[index] for index in changed])
+    processes.prepare(int)
+    found = _read_digests_again(enumerate(units), sum(unit.size_bytes for unit in units), processes)
+    hashes = hashes_of_sources((unit, found[number]) for number, unit in enumerate(units))
+    expected = read_source_hashes(folder)
+    for index, (source, sha256) in zip(changed, hashes, strict=True):
+        if sha256 != expected[index]:
+            raise ValueError(
+                f"{folder}: holds a data set made from other sources ({source.path} has another content); "
+                "remove it or choose another"
+            )
+    with suppress(OSError):  # a folder that may only be read: they are read again the next time
+        remember_times(folder, sources)
+
+
+def _refuse_other_text_of_done_units(
+    folder: Path, sources: list[Source], units: list[Unit], processes: Processes
+) -> None:
+    """Raise ValueError if the text of a unit has changed since it was tokenized; text of the same time is believed, and what
+    is not tokenized yet will be read anyway."""
+    done = [number for number in range(len(units)) if is_done(folder / WORK, number)]
+    changed = {sources[index] for index in find_changed(folder / WORK, sources)} if done else set()
+    doubtful = {n: units[n] for n in done if any(piece.source in changed for piece in units[n].pieces)}
+    num_bytes = sum(unit.size_bytes for unit in doubtful.values())
+    if doubtful:
+        for number, digests in _read_digests_again(doubtful.items(), num_bytes, processes).items():
+            refuse_other_digests(units[number], digests, read_digests(folder / WORK, number))
+    remember_times(folder / WORK, sources)
 
 
 def _totals_of_corpora(
@@ -288,6 +336,7 @@ def _declare_whole(
     for shard in shards:
         splits[shard.split].append(read_json(_shard_file(folder, shard)))
     write_whole(folder / made_from["tokenizer"]["file"], tokenizer_path.read_bytes())
+    write_whole(folder / TIMES, (folder / WORK / TIMES).read_bytes())
     write_data_manifest(folder, {
         **made_from,
         "masking": {
@@ -302,7 +351,7 @@ def _declare_whole(
         "cleaning": {name: total[name] for name in (*CLEANING_COUNTS, *KINDS)},
         "splits": splits,
     })  # fmt: skip
-    _remove(folder, *(f".{name}.partial" for name in _SHARDS))
+    _remove(folder, *_PARTIAL)
     shutil.rmtree(folder / WORK)
 
 
@@ -362,32 +411,36 @@ def _set_up(tokenizer_path: Path, *settings: Any) -> None:
     _worker = _Worker(load_tokenizer(tokenizer_path), *settings)
 
 
-def _hash_source(index: int, source: Source) -> Work:
-    """The value is the number of the source and its hash."""
-    with refuse_changes([source]):
-        return Work(source.size_bytes, value=(index, sha256_of_file(source.path)))
+def _read_again(index: int, unit: Unit) -> Work:
+    """The value is the number of the unit and the digests of its blocks."""
+    return Work(unit.size_bytes, value=(index, digests_of_unit(unit)))
 
 
-def _read_cleaned(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
-    return cleaned(read_unit(unit), _worker.cleaning, counts)
+def _read_cleaned(unit: Unit, counts: Counter[str], digests: bytearray) -> Iterator[Document]:
+    return cleaned(read_unit(unit, digests), _worker.cleaning, counts)
 
 
 def _hash_unit(index: int, unit: Unit, bands: tuple[int, int]) -> Work:
     """Leave the hashes of the unit's documents in files."""
-    hash_unit(_hashes(_worker.folder), index, _read_cleaned(unit, Counter()), _worker.duplicates, bands)
+    digests = bytearray()
+    documents = _read_cleaned(unit, Counter(), digests)
+    hash_unit(_hashes(_worker.folder), index, documents, _worker.duplicates, bands, digests=digests)
     return Work(unit.size_bytes)
 
 
 def _tokenize_unit(index: int, unit: Unit) -> Work:
     """Leave the unit's texts and counts in files."""
     counts: Counter[str] = Counter()
-    documents = _read_cleaned(unit, counts)
+    digests = bytearray()
+    documents = _read_cleaned(unit, counts, digests)
     if _worker.duplicates.kinds:
         different = without_duplicates(_hashes(_worker.folder), index, documents, _worker.duplicates, counts)
         documents = (document for document in different if not is_too_short(document, _worker.cleaning, counts))
     texts, counts_of_texts = tokenize(documents, _worker.tokenizer, _worker.parameters)
     counts.update(counts_of_texts)
-    write_unit(_worker.folder / WORK, index, texts, counts)
+    if _worker.duplicates.kinds:
+        refuse_other_digests(unit, digests, read_first_digests(_hashes(_worker.folder), index))
+    write_unit(_worker.folder / WORK, index, texts, counts, digests)
     num_tokens = sum(len(of_split.ids) for of_split in texts.values())
     return Work(unit.size_bytes, sum(_documents(counts).values()), num_tokens)
 

@@ -109,8 +109,10 @@ def hash_unit(
     settings: DuplicateSettings,
     bands: tuple[int, int],
     part_hashes: int = PART_HASHES,
+    digests: bytes | bytearray = b"",
 ) -> None:
-    """Leave the hashes of a unit's documents in files, in as many parts as they need."""
+    """Leave the hashes of a unit's documents in files, in as many parts as they need, and the digests of its input, which
+    are complete when the last document was taken."""
     parts: list[dict[str, int]] = []
     hashes = _PartHashes(settings, bands)
     for document in documents:
@@ -120,7 +122,12 @@ def hash_unit(
             hashes = _PartHashes(settings, bands)
     if hashes.num_documents:
         parts.append(hashes.write(folder, _part_name(unit, len(parts))))
-    write_json(_hashed_file(folder, unit), parts)
+    write_json(_hashed_file(folder, unit), {"parts": parts, "digests": digests.hex()})
+
+
+def read_digests(folder: Path, unit: int) -> bytes:
+    """Return the digests of the input that the unit's hashes were made from."""
+    return bytes.fromhex(read_json(_hashed_file(folder, unit))["digests"])
 
 
 class _PartHashes:
@@ -192,7 +199,7 @@ class _Parts:
 
 def _gather_parts(folder: Path, num_units: int) -> Counter[str]:
     """Write down the parts of all units; returns the number of documents and of the hashes of each kind."""
-    parts = [(unit, part) for unit in range(num_units) for part in read_json(_hashed_file(folder, unit))]
+    parts = [(unit, part) for unit in range(num_units) for part in read_json(_hashed_file(folder, unit))["parts"]]
     total = sum((Counter(part) for _, part in parts), Counter[str]())
     if total["num_documents"] >= 2**32:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_prep.build import WORK, draw_mask_sets, is_made, number_of_sample
 from data_prep.files import read_json, sha256_of_file, write_json, write_whole
+from data_prep.inputs import copy_source_list
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LOGS, Processes
 from data_prep.progress import Stage, Work
@@ -41,6 +42,7 @@ def remask(source: Path, folder: Path, seed: int, mask_sets: int, processes: Pro
     processes.run(_remask_shard, todo, Stage("draw masks", total, "sample", total - todo_samples))
     splits = {split: [read_json(entries[s, i]) for s, i in shards if s == split] for split in SPLITS}
     write_whole(folder / data.tokenizer.path.name, data.tokenizer.path.read_bytes())
+    copy_source_list(source, folder)
     content = {key: value for key, value in data.manifest.items() if key not in ("format", "version")}
     write_data_manifest(folder, {**content, **made_from, "splits": splits})
     shutil.rmtree(work)

@@ -1,7 +1,7 @@
 """The first stage of a build: what becomes of a unit of the input, and the files that hold it until the shards are written.
 
-unit-00000012.npz    of each split, the ids of its texts, one behind the other, and how many of each; and counts of
-                     documents and samples, as JSON
+unit-00000012.npz    of each split, the ids of its texts, one after the other, and how many of each; counts of documents
+                     and samples, as JSON; and the digests of the input's blocks
 """
 
 from __future__ import annotations
@@ -102,10 +102,13 @@ def is_done(work: Path, unit: int) -> bool:
     return _file(work, unit).exists()
 
 
-def write_unit(work: Path, unit: int, texts: dict[Split, Texts], counts: Counter[str]) -> None:
-    """Leave what became of a unit in its file."""
+def write_unit(
+    work: Path, unit: int, texts: dict[Split, Texts], counts: Counter[str], digests: bytes | bytearray
+) -> None:
+    """Leave what became of a unit in its file, and what its input was."""
     arrays = {f"{split}_{name}": array for split in texts for name, array in vars(texts[split]).items()}
     arrays["counts"] = np.frombuffer(json.dumps(dict(sorted(counts.items()))).encode(), np.uint8)
+    arrays["digests"] = np.frombuffer(digests, np.uint8)
     with unfinished_file(_file(work, unit)) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # its signature has a flag beside the arrays
 
@@ -114,6 +117,13 @@ def read_texts(work: Path, unit: int, split: Split) -> Texts:
     """The texts of a unit."""
     with np.load(_file(work, unit), allow_pickle=False) as stored:
         return Texts(stored[f"{split}_ids"], stored[f"{split}_num_ids_B"])
+
+
+def read_digests(work: Path, unit: int) -> bytes:
+    """The digests of the blocks of a unit's input."""
+    with np.load(_file(work, unit), allow_pickle=False) as stored:
+        digests: bytes = stored["digests"].tobytes()
+    return digests
 
 
 def read_counts(work: Path, unit: int) -> dict[str, int]:

@@ -13,13 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pytest
 from datasketch import MinHash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stages import Interrupted
 from support import files_of
 
 from data_prep import build as build_module
@@ -27,7 +27,6 @@ from data_prep import duplicates, inspect, minhash
 from data_prep.corpus import Document, find_sources, make_document, plan_units, read_documents
 from data_prep.duplicates import DuplicateSettings, choose_bands, find_duplicates, hash_unit, without_duplicates
 from data_prep.processes import LocalProcesses
-from data_prep.progress import Stage
 from data_prep.shards import SPLITS, DataSet, Split
 
 ALL_KINDS = DuplicateSettings(True, 0.75, "blank_line", min_duplicate_characters=5)
@@ -108,22 +107,6 @@ def remaining(
         for document in without_duplicates(folder, unit, documents, settings, counts)
     ]
     return left, counts
-
-
-class Interrupted(LocalProcesses):
-    """Ctrl-C comes when so many tasks are done."""
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__(1)
-        self._num_tasks = num_tasks
-
-    def run(self, task: Any, arguments: Any, stage: Stage, report: Any = None) -> None:
-        super().run(task, arguments, stage, lambda work: self._count())
-
-    def _count(self) -> None:
-        self._num_tasks -= 1
-        if self._num_tasks < 0:
-            raise KeyboardInterrupt
 
 
 def comparable(documents: list[Document]) -> list[tuple[tuple[str, ...], int]]:

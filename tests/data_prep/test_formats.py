@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import re
 import struct
 import tracemalloc
@@ -17,6 +15,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import COMPRESS, as_json_lines, write, write_table
 
 from data_prep import corpus, formats
 from data_prep.corpus import DocumentPer, ReadSettings, Source, find_sources, plan_units, read_documents, read_unit
@@ -26,9 +25,6 @@ TEXTS = [
     "Call me Ishmael.\nSome years ago", "naïve", "שלום עולם\nمرحبا بالعالم", "日本語の文章。\n\u3000第二段落。", "a\x00b\n\x00",
     "lone\rreturn", "𝄞 clef and 🙂",
 ]  # fmt: skip
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress,
-}  # fmt: skip
 COMPRESSED = [".gz", ".xz", ".zst"]
 BLANK_LINE = ReadSettings("blank_line")
 WHOLE = 2**40
@@ -46,36 +42,6 @@ def read(path: Path, reading: ReadSettings = BLANK_LINE, unit_bytes: int = WHOLE
 def as_documents(texts: Sequence[str | None]) -> list[tuple[str, ...]]:
     lines = [tuple(line.strip() for line in (text or "").split("\n") if line.strip()) for text in texts]
     return [document for document in lines if document]
-
-
-def as_json_lines(texts: Sequence[str | None], key: str = "text") -> bytes:
-    return "".join(json.dumps({"id": 1, key: text}, ensure_ascii=False) + "\n" for text in texts).encode()
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(COMPRESS.get(path.suffix, bytes)(content))
-    return path
-
-
-def write_table(path: Path, texts: Sequence[str | None], part_rows: int = 2, kind: pa.DataType | None = None) -> Path:
-    """A table with other columns around the texts; "stream" in the name of an .arrow file is its format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = pa.array(range(len(texts)), pa.int64())
-    column = pa.array(texts, pa.string())
-    column = (
-        column.dictionary_encode()
-        if kind is not None and pa.types.is_dictionary(kind)
-        else column.cast(kind or pa.string())
-    )
-    table = pa.table({"id": numbers, "text": column, "score": numbers})
-    if path.suffix == ".parquet":
-        pq.write_table(table, path, row_group_size=part_rows)
-    else:
-        new = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
-        with new(str(path), table.schema) as writer:
-            writer.write_table(table, max_chunksize=part_rows)
-    return path
 
 
 TABLES = ["a.parquet", "a.arrow", "stream.arrow"]

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from data_prep.build import WORK
 from data_prep.corpus import ReadSettings, plan_units, read_documents
+from data_prep.inputs import SOURCE_LIST
 from data_prep.mixture import Corpus, TextOrder, epochs_of, read_mixture, sources_of
 from data_prep.shards import MANIFEST, DataSet, find_faults
 from data_prep.tokenizer import Tokenizer, train_tokenizer
@@ -226,7 +227,8 @@ def test_a_data_set_of_two_corpora(
         {"name": "novel", "document_per": "file", "text_field": "body", "epochs": 2.5},
         {"name": "words", "document_per": "file", "text_field": "text", "epochs": 1.0},
     ]
-    assert [(source["corpus"], source["name"]) for source in manifest["sources"]] == [
+    sources = [json.loads(line) for line in (tmp_path / "data" / SOURCE_LIST).read_text().splitlines()]
+    assert [(source["corpus"], source["name"]) for source in sources] == [
         (corpus, name) for corpus in ("novel", "words") for name in ("a.jsonl", "b.jsonl")
     ]
     novel, words = manifest["mixture"]

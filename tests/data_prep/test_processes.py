@@ -69,7 +69,9 @@ def test_short_tasks_are_shared_evenly_by_ranks() -> None:
     allowed = environment(
         OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", PYTHONPATH=f"{REPOSITORY}:{REPOSITORY}/tests"
     )
-    done = subprocess.run(command, cwd=REPOSITORY, env=allowed, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=allowed, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert_even(json.loads(done.stdout), {"rank 1", "rank 2"})
 
