@@ -3,7 +3,7 @@
 Stages of independent tasks, each of which leaves its result in a file, so that an interrupted build goes on:
 
     duplicates  where they are to be dropped: data_prep/duplicates.py  -> DATA/.work/duplicates/
-    units       a part of the input: read, clean, tokenize, cut        -> DATA/.work/unit-00000012.npz
+    units       a part of the input: read, clean, tokenize, cut        -> DATA/.work/unit-00000012-000000-end.npz
     shards      the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
 
 Before the shards, the main process counts the texts of all units: from then on every sample has its number. A corpus of several
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ import numpy as np
 from data_prep.cleaning import CLEANING_COUNTS, NO_CLEANING, CleanSettings, cleaned, is_too_short
 from data_prep.corpus import Document, Source, Unit, plan_units, read_unit
 from data_prep.duplicates import (
+    HASHED,
     KEEP_DUPLICATES,
     KINDS,
     DuplicateSettings,
     choose_bands,
     find_duplicates,
     hash_unit,
-    is_hashed,
     without_duplicates,
 )
 from data_prep.duplicates import read_digests as read_first_digests
@@ -63,6 +63,7 @@ from data_prep.masking import (
 from data_prep.mixture import Corpus, Mixture, TextOrder, epochs_of, sources_of
 from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, Texts, assemble
 from data_prep.parameters import BuildParameters
+from data_prep.parts import finished_parts, is_done, part_path
 from data_prep.processes import LOGS, Processes, Task
 from data_prep.progress import Stage, Work
 from data_prep.shards import (
@@ -75,7 +76,7 @@ from data_prep.shards import (
     write_shard,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from data_prep.units import describe_text, is_done, read_counts, read_digests, read_texts, tokenize, write_unit
+from data_prep.units import UNIT, Part, describe_text, read_counts, read_digests, read_texts, tokenize, write_part
 
 WORK = ".work"
 _PLAN = "plan.json"
@@ -129,25 +130,29 @@ def build(
     total_bytes = made_from["sources"]["size_bytes"]
     _refuse_other_text_of_done_units(folder, sources, units, processes)
 
-    def run_over_units(what: str, task: Task, is_finished: Callable[[int], bool], *words: Any) -> None:
-        todo = [i for i in range(len(units)) if not is_finished(i)]
-        done_bytes = total_bytes - sum(units[i].size_bytes for i in todo)
-        processes.run(task, ((i, units[i], *words) for i in todo), Stage(what, total_bytes, "B", done_bytes))
+    def run_over_units(what: str, task: Task, in_folder: Path, kind: str, *words: Any) -> None:
+        done = finished_parts(in_folder, kind)
+        todo = [number for number in range(len(units)) if not is_done(done.get(number, []))]
+        done_bytes = total_bytes - sum(units[number].size_bytes for number in todo)
+        arguments = ((number, units[number], done.get(number, []), *words) for number in todo)
+        processes.run(task, arguments, Stage(what, total_bytes, "B", done_bytes))
 
     if duplicates.kinds:
         _hashes(folder).mkdir(exist_ok=True)
-        run_over_units("hash texts", _hash_unit, partial(is_hashed, _hashes(folder)), choose_bands(duplicates))
+        run_over_units("hash texts", _hash_unit, _hashes(folder), HASHED, choose_bands(duplicates))
         find_duplicates(_hashes(folder), len(units), duplicates, processes)
-    run_over_units("tokenize", _tokenize_unit, partial(is_done, folder / WORK))
-    counts = [read_counts(folder / WORK, unit) for unit in range(len(units))]
-    totals = _totals_of_corpora(mixture, folder, units, counts)
-    orders = _order_texts(mixture, folder, units, counts, totals)
+    run_over_units("tokenize", _tokenize_unit, folder / WORK, UNIT)
+    of_units = finished_parts(folder / WORK, UNIT)
+    parts = [(path, units[number].corpus) for number in range(len(units)) for path in of_units[number]]
+    counts = [read_counts(path) for path, _ in parts]
+    totals = _totals_of_corpora(mixture, folder, [corpus for _, corpus in parts], counts)
+    orders = _order_texts(mixture, folder, [corpus for _, corpus in parts], counts, totals)
     shards = _plan_shards(orders, parameters.shard_samples)
     todo = [shard for shard in shards if not _shard_file(folder, shard).exists()]
     num_samples = sum(s.num_samples for s in shards)
     stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo))
-    processes.run(_write_shard, ((shard, _texts_of(orders[shard.split], shard)) for shard in todo), stage)
-    digests = ((unit, read_digests(folder / WORK, number)) for number, unit in enumerate(units))
+    processes.run(_write_shard, ((shard, _texts_of(orders[shard.split], shard, parts)) for shard in todo), stage)
+    digests = ((unit, read_digests(of_units[number][-1])) for number, unit in enumerate(units))
     made_from["source_list"] = write_source_list(folder, mixture, hashes_of_sources(digests))
     _declare_whole(folder, tokenizer_path, made_from, totals, _shares(mixture, totals, orders), shards, parameters)
     return True
@@ -236,23 +241,24 @@ def _refuse_other_text_of_done_units(
 ) -> None:
     """Raise ValueError if the text of a unit has changed since it was tokenized; text of the same time is believed, and what
     is not tokenized yet will be read anyway."""
-    done = [number for number in range(len(units)) if is_done(folder / WORK, number)]
+    parts = finished_parts(folder / WORK, UNIT)
+    done = [number for number, of_unit in parts.items() if is_done(of_unit)]
     changed = {sources[index] for index in find_changed(folder / WORK, sources)} if done else set()
     doubtful = {n: units[n] for n in done if any(piece.source in changed for piece in units[n].pieces)}
     num_bytes = sum(unit.size_bytes for unit in doubtful.values())
     if doubtful:
         for number, digests in _read_digests_again(doubtful.items(), num_bytes, processes).items():
-            refuse_other_digests(units[number], digests, read_digests(folder / WORK, number))
+            refuse_other_digests(units[number], digests, read_digests(parts[number][-1]))
     remember_times(folder / WORK, sources)
 
 
 def _totals_of_corpora(
-    mixture: Mixture, folder: Path, units: list[Unit], counts: list[dict[str, int]]
+    mixture: Mixture, folder: Path, corpora: list[int], counts: list[dict[str, int]]
 ) -> list[Counter[str]]:
     """The counts of each corpus; ValueError for one without a text to train on."""
     totals = [Counter[str]() for _ in mixture]
-    for unit, of_unit in zip(units, counts, strict=True):
-        totals[unit.corpus].update(of_unit)
+    for corpus_number, of_part in zip(corpora, counts, strict=True):
+        totals[corpus_number].update(of_part)
     for corpus, total in zip(mixture, totals, strict=True):
         if not total["train_samples"]:
             _refuse(folder, corpus, _why_nothing_to_train_on(total))
@@ -282,16 +288,16 @@ def _why_nothing_to_train_on(total: Counter[str]) -> str:
 
 
 def _order_texts(
-    mixture: Mixture, folder: Path, units: list[Unit], counts: list[dict[str, int]], totals: list[Counter[str]]
+    mixture: Mixture, folder: Path, corpora: list[int], counts: list[dict[str, int]], totals: list[Counter[str]]
 ) -> dict[Split, TextOrder]:
     """The order of each split's texts; validation has each once, whatever the epochs."""
     epochs: dict[Split, list[Fraction]] = {
         "train": epochs_of(mixture, [total["train_samples"] for total in totals]),
         "validation": [Fraction(1)] * len(mixture),
     }
-    corpora = [unit.corpus for unit in units]
     orders = {
-        split: TextOrder([unit[f"{split}_samples"] for unit in counts], corpora, epochs[split]) for split in SPLITS
+        split: TextOrder([of_part[f"{split}_samples"] for of_part in counts], corpora, epochs[split])
+        for split in SPLITS
     }
     for corpus, total, num_samples in zip(mixture, totals, orders["train"].num_samples, strict=True):
         if not num_samples:
@@ -311,14 +317,17 @@ def _plan_shards(orders: dict[Split, TextOrder], shard_samples: int) -> list[_Sh
     return plans
 
 
-def _texts_of(order: TextOrder, shard: _ShardPlan) -> list[tuple[int, np.ndarray | slice]]:
-    """The unit of each of the shard's texts, and their numbers in it: a slice, where each is the next."""
-    units, numbers = order.texts(shard.first, shard.first + shard.num_samples)
-    starts = np.flatnonzero(np.diff(units)) + 1
-    texts: list[tuple[int, np.ndarray | slice]] = []
-    for of_unit, in_unit in zip(np.split(units, starts), np.split(numbers, starts), strict=True):
-        is_run = bool((np.diff(in_unit) == 1).all())
-        texts.append((int(of_unit[0]), slice(int(in_unit[0]), int(in_unit[-1]) + 1) if is_run else in_unit))
+def _texts_of(
+    order: TextOrder, shard: _ShardPlan, parts: list[tuple[Path, int]]
+) -> list[tuple[Path, np.ndarray | slice]]:
+    """Return the file of each of the shard's texts, and their numbers in it: a slice, where each is the next."""
+    part_of, numbers = order.texts(shard.first, shard.first + shard.num_samples)
+    starts = np.flatnonzero(np.diff(part_of)) + 1
+    texts: list[tuple[Path, np.ndarray | slice]] = []
+    for of_part, in_part in zip(np.split(part_of, starts), np.split(numbers, starts), strict=True):
+        is_run = bool((np.diff(in_part) == 1).all())
+        in_file = slice(int(in_part[0]), int(in_part[-1]) + 1) if is_run else in_part
+        texts.append((parts[of_part[0]][0], in_file))
     return texts
 
 
@@ -420,39 +429,49 @@ def _read_cleaned(unit: Unit, counts: Counter[str], digests: bytearray) -> Itera
     return cleaned(read_unit(unit, digests), _worker.cleaning, counts)
 
 
-def _hash_unit(index: int, unit: Unit, bands: tuple[int, int]) -> Work:
-    """Leave the hashes of the unit's documents in files."""
+def _hash_unit(index: int, unit: Unit, done: list[Path], bands: tuple[int, int]) -> Work:
+    """Leave the hashes of the unit's documents in files; `done` are the parts that have theirs."""
     digests = bytearray()
     documents = _read_cleaned(unit, Counter(), digests)
-    hash_unit(_hashes(_worker.folder), index, documents, _worker.duplicates, bands, digests=digests)
+    hash_unit(_hashes(_worker.folder), index, documents, _worker.duplicates, bands, done=done, digests=digests)
     return Work(unit.size_bytes)
 
 
-def _tokenize_unit(index: int, unit: Unit) -> Work:
-    """Leave the unit's texts and counts in files."""
+def _tokenize_unit(index: int, unit: Unit, done: list[Path]) -> Work:
+    """Leave the unit's texts and counts in files; the text of the parts that are `done` is read again, but no more."""
     counts: Counter[str] = Counter()
     digests = bytearray()
     documents = _read_cleaned(unit, counts, digests)
     if _worker.duplicates.kinds:
         different = without_duplicates(_hashes(_worker.folder), index, documents, _worker.duplicates, counts)
         documents = (document for document in different if not is_too_short(document, _worker.cleaning, counts))
-    texts, counts_of_texts = tokenize(documents, _worker.tokenizer, _worker.parameters)
-    counts.update(counts_of_texts)
-    if _worker.duplicates.kinds:
-        refuse_other_digests(unit, digests, read_first_digests(_hashes(_worker.folder), index))
-    write_unit(_worker.folder / WORK, index, texts, counts, digests)
-    num_tokens = sum(len(of_split.ids) for of_split in texts.values())
-    return Work(unit.size_bytes, sum(_documents(counts).values()), num_tokens)
+    for _ in islice(documents, sum(read_counts(path)["documents"] for path in done)):
+        pass
+    num_documents = num_tokens = 0
+    for number in count(len(done)):
+        counts.clear()  # those of the parts before
+        part = Part(documents)
+        texts, counts_of_texts = tokenize(part, _worker.tokenizer, _worker.parameters)
+        counts.update(counts_of_texts, documents=part.num_documents)
+        if part.is_last and _worker.duplicates.kinds:
+            refuse_other_digests(unit, digests, read_first_digests(_hashes(_worker.folder), index))
+        path = part_path(_worker.folder / WORK, UNIT, index, number, is_last=part.is_last)
+        write_part(path, texts, counts, digests if part.is_last else b"")
+        num_documents += sum(_documents(counts).values())
+        num_tokens += sum(len(of_split.ids) for of_split in texts.values())
+        if part.is_last:
+            break
+    return Work(unit.size_bytes, num_documents, num_tokens)
 
 
-def _write_shard(shard: _ShardPlan, texts: list[tuple[int, np.ndarray | slice]]) -> Work:
+def _write_shard(shard: _ShardPlan, texts: list[tuple[Path, np.ndarray | slice]]) -> Work:
     """Leave the shard in its place and its entry of the manifest in a file."""
     parameters, tokenizer = _worker.parameters, _worker.tokenizer
     tokenizer.forget_words()
     first_sample = number_of_sample(shard.split, shard.first)
-    of_units = [read_texts(_worker.folder / WORK, unit, shard.split)[numbers] for unit, numbers in texts]
+    of_parts = [read_texts(path, shard.split)[numbers] for path, numbers in texts]
     samples = assemble(
-        Texts.concatenate(of_units), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,
+        Texts.concatenate(of_parts), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,
         eos_id=tokenizer.eos_id,
     )  # fmt: skip
     masks = draw_mask_sets(samples, tokenizer, parameters, first_sample)
