@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
 import orjson
 
 from data_prep.corpus_files import find_files
+from data_prep.files import BlockDigests, num_blocks
 from data_prep.formats import format_of, is_compressed, is_table, num_parts, open_text, read_column
 
 DocumentPer = Literal["file", "blank_line"]
@@ -38,7 +40,7 @@ class ReadSettings:
 DEFAULT_READING = ReadSettings()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """An input file."""
 
@@ -53,7 +55,7 @@ class Source:
     """Which corpus of a mixture it is of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a source: its bytes [start, stop), or its row groups or record batches where it has those.
 
@@ -61,18 +63,34 @@ class Piece:
     blank line before it begins. So every piece is read by itself, forward only, and no document twice.
     """
 
-    source: int
+    source: Source
     start: int
     stop: int
+    first_byte: int
+    """Of the part's bytes; those of a table are its share of the file, as it has no place of its own there."""
+    size_bytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that begin in it: those that it is hashed by."""
+        return num_blocks(self.first_byte, self.first_byte + self.size_bytes)
+
+    def blocks(self) -> BlockDigests:
+        """Return what hashes its blocks."""
+        return BlockDigests(self.first_byte, self.first_byte + self.size_bytes, self.source.size_bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
-    """What one process reads at a time, all of one corpus."""
+    """A task's share of the input, all of one corpus. It names its files itself, so that nobody needs the list of all."""
 
     pieces: tuple[Piece, ...]
     size_bytes: int
     corpus: int
+
+    def __str__(self) -> str:
+        first, *others = self.pieces
+        return f"{first.source.name} from {first.start}" + (f" and {len(others)} more" if others else "")
 
 
 @dataclass(frozen=True)
@@ -178,21 +196,21 @@ def plan_units(sources: Sequence[Source], unit_bytes: int = 8 * 2**20) -> list[U
     Raises ValueError for a table without the column of texts, or one that is damaged.
     """
     units = []
-    for corpus, of_corpus in groupby(enumerate(sources), key=lambda numbered: numbered[1].corpus):
+    for corpus, of_corpus in groupby(sources, key=attrgetter("corpus")):
         pieces: list[Piece] = []
         size_bytes = 0
-        for index, source in of_corpus:
-            for piece, piece_bytes in _split(index, source, unit_bytes):
-                if pieces and size_bytes + piece_bytes > unit_bytes:
+        for source in of_corpus:
+            for piece in _split(source, unit_bytes):
+                if pieces and size_bytes + piece.size_bytes > unit_bytes:
                     units.append(Unit(tuple(pieces), size_bytes, corpus))
                     pieces, size_bytes = [], 0
                 pieces.append(piece)
-                size_bytes += piece_bytes
+                size_bytes += piece.size_bytes
         units.append(Unit(tuple(pieces), size_bytes, corpus))
     return units
 
 
-def _split(index: int, source: Source, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _split(source: Source, unit_bytes: int) -> Iterator[Piece]:
     """The pieces of a source; their sizes add up to its own."""
     whole_bytes = source.size_bytes
     parts, step = whole_bytes, unit_bytes
@@ -203,8 +221,8 @@ def _split(index: int, source: Source, unit_bytes: int) -> Iterator[tuple[Piece,
         step = whole_bytes
     for start in range(0, max(parts, 1), max(step, 1)):
         stop = min(start + max(step, 1), parts)
-        piece_bytes = whole_bytes * stop // parts - whole_bytes * start // parts if parts else whole_bytes
-        yield Piece(index, start, stop), piece_bytes
+        first_byte, end = (whole_bytes * part // parts if parts else whole_bytes for part in (start, stop))
+        yield Piece(source, start, stop, first_byte if parts else 0, end - first_byte if parts else whole_bytes)
 
 
 def read_documents(
@@ -212,27 +230,33 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of all units, in order; `advance` is told the bytes read. Raises what `read_unit` raises."""
     for unit in plan_units(sources):
-        yield from read_unit(sources, unit)
+        yield from read_unit(unit)
         advance(unit.size_bytes)
 
 
-def read_unit(sources: Sequence[Source], unit: Unit) -> Iterator[Document]:
+def read_unit(unit: Unit, digests: bytearray | None = None) -> Iterator[Document]:
     """The documents of a unit in order; the units' documents together do not depend on how the sources were split.
+
+    `digests`, if given, has those of the blocks of all its pieces when the last document was taken: the text is hashed as
+    it is read.
 
     Raises ValueError for text that is not UTF-8 (file and byte offset, or row), a line that is not a JSON object with
     a string under `text_field`, a document over 256 MiB, or a file that is damaged or has changed since `find_sources`.
     """
-    with refuse_changes([sources[index] for index in sorted({piece.source for piece in unit.pieces})]):
+    with refuse_changes({piece.source: None for piece in unit.pieces}):
         for piece in unit.pieces:
-            source = sources[piece.source]
+            source = piece.source
+            blocks = None if digests is None else piece.blocks()
             if is_table(source.path):
                 yield from _rows(source, piece)
             elif format_of(source.path) == ".jsonl":
-                yield from _json_lines(source, piece)
+                yield from _json_lines(source, piece, blocks)
             elif source.reading.document_per == "file":
-                yield from _whole_file(source)
+                yield from _whole_file(source, blocks)
             else:
-                yield from _between_blank_lines(source, piece)
+                yield from _between_blank_lines(source, piece, blocks)
+            if blocks and digests is not None:
+                digests += blocks.finish(source.path)
 
 
 def _document(lines: Iterable[str]) -> tuple[Document, ...]:
@@ -241,9 +265,9 @@ def _document(lines: Iterable[str]) -> tuple[Document, ...]:
     return (document,) if document.lines else ()
 
 
-def _whole_file(source: Source) -> Iterator[Document]:
+def _whole_file(source: Source, blocks: BlockDigests | None) -> Iterator[Document]:
     content = bytearray()
-    with open_text(source.path) as file:
+    with open_text(source.path, blocks) as file:
         while part := file.read(_READ_BYTES):
             content += part
             if len(content) > MAX_DOCUMENT_BYTES:
@@ -254,12 +278,12 @@ def _whole_file(source: Source) -> Iterator[Document]:
     yield from _document(_decode(source, content, 0).split("\n"))
 
 
-def _between_blank_lines(source: Source, piece: Piece) -> Iterator[Document]:
+def _between_blank_lines(source: Source, piece: Piece, blocks: BlockDigests | None) -> Iterator[Document]:
     stop = _stop_bytes(source, piece)
     lines: list[str] = []
     num_bytes = 0
     is_own = piece.start == 0
-    for offset, raw in _raw_lines(source, piece.start, stop):
+    for offset, raw in _raw_lines(source, piece.start, stop, blocks):
         line = _decode(source, raw, offset)
         is_blank = not line.strip()
         if is_blank:
@@ -275,10 +299,10 @@ def _between_blank_lines(source: Source, piece: Piece) -> Iterator[Document]:
     yield from _document(lines)
 
 
-def _json_lines(source: Source, piece: Piece) -> Iterator[Document]:
+def _json_lines(source: Source, piece: Piece, blocks: BlockDigests | None) -> Iterator[Document]:
     text_field = source.reading.text_field
     stop = _stop_bytes(source, piece)
-    for offset, raw in _raw_lines(source, piece.start, stop):
+    for offset, raw in _raw_lines(source, piece.start, stop, blocks):
         if offset >= stop:
             return
         try:
@@ -320,9 +344,9 @@ def _stop_bytes(source: Source, piece: Piece) -> int:
     return sys.maxsize if is_compressed(source.path) else piece.stop
 
 
-def _raw_lines(source: Source, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+def _raw_lines(source: Source, start: int, stop: int, blocks: BlockDigests | None) -> Iterator[tuple[int, bytes]]:
     """Offset and bytes of the lines that begin at `start` or behind; none if no line begins before `stop`."""
-    with open_text(source.path) as file:
+    with open_text(source.path, blocks) as file:
         offset = file.seek(start - 1) if start else 0
         while start and (raw := file.readline(_READ_BYTES)):
             offset += len(raw)

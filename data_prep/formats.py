@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_prep.files import named
+from data_prep.files import BlockDigests, named
 
 EXPECTED_NAMES = ".txt, .jsonl (also with .gz, .zst or .xz), .parquet or .arrow"
 # A new decompressor, and the bytes it is given at a time: few enough to become 8 MiB of text at most.
@@ -46,13 +46,14 @@ def is_table(path: Path) -> bool:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[IO[bytes]]:
-    """The text of a file, decompressed as it is read.
+def open_text(path: Path, blocks: BlockDigests | None = None) -> Iterator[IO[bytes]]:
+    """The text of a file, decompressed as it is read. The bytes of the file itself go through `blocks`.
 
     Raises ValueError, while it is read, for a compressed file that is cut short or damaged.
     """
     try:
-        with named(path), open(path, "rb") as file:
+        with named(path), open(path, "rb", buffering=0) as raw:
+            file = blocks.seen_by(raw) if blocks else io.BufferedReader(raw, 2**17)
             yield io.BufferedReader(_Decompressed(file, path.suffix), 2**17) if is_compressed(path) else file
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise _damaged(path, error) from None
