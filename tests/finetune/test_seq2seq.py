@@ -407,6 +407,7 @@ def copied(copying: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_to_copy(copied: Path, copying: Path) -> None:
     values = json.loads((copied / "summary.json").read_text())["validation"]
     assert values["token_accuracy"] > 0.95
@@ -426,6 +427,7 @@ def test_a_tiny_model_learns_to_copy(copied: Path, copying: Path) -> None:
         assert tokenizer.decode(found.hypotheses[0].tokens) == row["text"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_bit(
     copied: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
