@@ -14,7 +14,7 @@ from operator import attrgetter, mul
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep import inspect, stats
+from data_prep import inspect
 from data_prep.build import build
 from data_prep.cleaning import CleanSettings, cleaned
 from data_prep.console import (
@@ -34,8 +34,13 @@ from data_prep.line_sample import LineSample
 from data_prep.mixture import Corpus, Mixture, epochs_of, read_mixture, sources_of
 from data_prep.parameters import BuildParameters
 from data_prep.processes import PROCESSES_PER_CORE, LocalProcesses, MPIProcesses, Processes, launched_by_mpi
+from data_prep.recipe import read_recipe
 from data_prep.remask import REMASKED, remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
+from data_prep.stats import Measured
+from data_prep.stats import measure as measure_data_set
+from data_prep.stats_figure import draw
+from data_prep.stats_summary import describe, summarize
 from data_prep.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, ROLE_PIECES, train_tokenizer
 
 _T = TypeVar("_T")
@@ -235,16 +240,16 @@ def _stats(args: Any) -> None:
     if figure.suffix != ".png":
         raise ValueError(f"--output {figure}: the figure is a PNG; give it a name that ends in .png")
 
-    def measure(processes: Processes) -> stats.Measured:
-        recipe = stats.read_recipe(args.deepspeed_config) if args.deepspeed_config else None
-        return stats.measure(DataSet(args.data), recipe, processes)
+    def measure(processes: Processes) -> Measured:
+        recipe = read_recipe(args.deepspeed_config) if args.deepspeed_config else None
+        return measure_data_set(DataSet(args.data), recipe, processes)
 
-    def tell(measured: stats.Measured) -> None:
-        stats.draw(measured, figure)
+    def tell(measured: Measured) -> None:
+        draw(measured, figure)
         if args.json:
-            print_json(stats.summarize(measured))
+            print_json(summarize(measured))
         else:
-            print("\n".join([*stats.describe(measured), f"figure: {figure}"]), flush=True)
+            print("\n".join([*describe(measured), f"figure: {figure}"]), flush=True)
 
     _with_processes(args, measure, tell)
 

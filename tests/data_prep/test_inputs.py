@@ -231,6 +231,6 @@ def test_a_data_set_of_an_earlier_version_is_read_but_not_compared(
     with pytest.raises(ValueError, match=r"made by an earlier version .* remove it or choose another folder"):
         build_data(corpus, folder, **SETTINGS)
     with LocalProcesses(1) as processes:
-        assert remask(folder, tmp_path / "remasked", 7, 1, processes)
+        assert remask(folder, tmp_path / "remasked", {"seed": 7, "mask_sets": 1}, processes)
     with LocalProcesses(1) as processes:
-        assert not remask(folder, tmp_path / "remasked", 7, 1, processes)
+        assert not remask(folder, tmp_path / "remasked", {"seed": 7, "mask_sets": 1}, processes)

@@ -151,7 +151,7 @@ def test_killed_before_every_fifth_change_while_duplicates_are_dropped(build_sma
 def test_remask_killed_before_any_change_to_the_disk(undisturbed: Path, tmp_path: Path) -> None:
     def make(folder: Path) -> bool:
         with LocalProcesses(1) as processes:
-            return remask(undisturbed, folder, 7, 1, processes)
+            return remask(undisturbed, folder, {"seed": 7, "mask_sets": 1}, processes)
 
     assert_killed_anywhere_it_goes_on(make, tmp_path, min_changes=16)
 

@@ -20,8 +20,12 @@ from data_prep.__main__ import make_parser
 from data_prep.corpus import Document, find_sources, read_documents
 from data_prep.files import write_manifest
 from data_prep.processes import LocalProcesses
+from data_prep.recipe import read_recipe
 from data_prep.shards import FORMAT, MANIFEST, SPLITS, VERSION, DataSet, Split, find_faults
-from data_prep.stats import FREQUENT, Measured, TextCounts, describe, draw, measure, read_recipe, summarize
+from data_prep.stats import Measured, measure
+from data_prep.stats_figure import draw
+from data_prep.stats_summary import FREQUENT, describe, summarize
+from data_prep.text_counts import TextCounts
 from data_prep.tokenizer import Tokenizer
 
 
