@@ -123,6 +123,13 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
         metavar="N",
         help="only check the flags and the DeepSpeed JSON for N ranks on this machine, before there are data, and end",
     )
+    parser.add_argument(
+        "--check_for_tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --check_for_ranks: samples will have up to N tokens",
+    )
     return parser
 
 
@@ -175,7 +182,7 @@ def check_flags(args: Any, world_size: int, device: Speeds | None) -> None:
         raise ValueError(f"--check_for_ranks is {world_size}, expected at least 1")
     checks = _Checks(args, world_size, device)
     if model := checks.attempt(lambda: model_of(args, vocab_size=1)):
-        checks.faults += model_faults(model, args.attention, None, 0)
+        checks.faults += model_faults(model, args.attention, None, args.check_for_tokens)
     if checks.faults:
         raise ValueError("; ".join(checks.faults))
 

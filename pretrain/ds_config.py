@@ -66,7 +66,9 @@ class DeepSpeedConfig:
         Raises FileNotFoundError, or ValueError that lists every fault of the file.
         """
         if not path.is_file():
-            raise FileNotFoundError(2, "no such DeepSpeed configuration; ds_configs/ has some", str(path))
+            raise FileNotFoundError(
+                2, "no such DeepSpeed configuration (this program's folder ds_configs has some)", str(path)
+            )
         self.path = path
         self.values: dict[str, Any] = read_json(path)
         if not isinstance(self.values, dict):

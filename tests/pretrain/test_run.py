@@ -251,7 +251,8 @@ def test_a_precision_that_the_machine_lacks_is_refused_first(config: Path, tmp_p
     config = deepspeed_json(config, train_batch_size=32, train_micro_batch_size_per_gpu=8)  # the precision is auto
     done = run_command([*command, "--check_for_ranks", "2"], ONEDNN_MAX_CPU_ISA="AVX2")
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
-    assert_user_error(run_command([*command, "--check_for_ranks", "3"]), "is not train_micro_batch_size_per_gpu 8")
+    done = run_command([*command, "--check_for_ranks", "3", "--check_for_tokens", "600"])
+    assert_user_error(done, "is not train_micro_batch_size_per_gpu 8", "up to 600 tokens", "--max_positions 600")
 
 
 def test_an_offloaded_optimizer_and_compiled_layers_need_a_compiler(config: Path) -> None:
