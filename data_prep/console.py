@@ -100,6 +100,11 @@ def tell_error(error: BaseException, name: str) -> None:
     print(f"{name}: error: {describe_error(error)}", file=sys.stderr, flush=True)
 
 
+def tell_note(text: str) -> None:
+    """Print, on stderr, what a user should know though nothing is wrong."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def run_command(command: Callable[[], None], name: str) -> int:
     """Run `command`; a user's mistake becomes one line on stderr and status 2, Ctrl-C status 130."""
     try:

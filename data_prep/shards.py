@@ -351,7 +351,8 @@ def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndar
     turn_step_BP = np.diff(batch.turns_BP, axis=1, prepend=0)
     position_step_BP = np.diff(batch.positions_BP, axis=1, prepend=-2)
     goes_on_BP = (turn_step_BP == 1) | ((turn_step_BP == 0) & (position_step_BP == 1))
-    may_be_shown = np.append(tokenizer.normal_ids, tokenizer.mask_id)
+    original_BP = batch.tokens_BL[rows[:, None], positions_BP]
+    is_mask_or_text_BP = np.isin(batch.shown_BP, np.append(tokenizer.normal_ids, tokenizer.mask_id))
     block_tokens = np.stack([(batch.turns_BP == turn).sum(axis=1) for turn in range(1, used_BP.shape[1] + 1)])
     in_vocabulary = [(ids < tokenizer.vocab_size).all(axis=1) for ids in (batch.tokens_BL, batch.shown_BP)]
     is_masked_special_BP = ~(is_text_BL & ~is_special_BL)[rows[:, None], positions_BP] & used_BP
@@ -369,5 +370,7 @@ def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndar
         "no position is masked twice": (times_masked <= 1).all(axis=1),
         "turns count up from 1": (~used_BP | goes_on_BP).all(axis=1),
         "a turn has at most 6 tokens": (block_tokens <= MAX_BLOCK_TOKENS).all(axis=0),
-        "[MASK] or a text token is shown": (~used_BP | np.isin(batch.shown_BP, may_be_shown)).all(axis=1),
+        "[MASK], a text token or the original is shown": (
+            ~used_BP | is_mask_or_text_BP | (batch.shown_BP == original_BP)
+        ).all(axis=1),
     }

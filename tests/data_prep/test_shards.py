@@ -294,7 +294,7 @@ BREACHES: dict[str, tuple[str, Callable[[SampleBatch, Tokenizer], None]]] = {
     "turns count down": (TURNS, lambda s, t: s.turns_BP.put(s.num_masked_B - 1, 1)),
     "a turn in two places": (TURNS, lambda s, t: s.turns_BP.put(range(s.turns_BP.size), s.turns_BP > 0)),
     "a turn of seven tokens": ("a turn has at most 6", lambda s, t: merge_turns(s, 7)),
-    "a special id shown": ("text token is shown", lambda s, t: s.shown_BP.put(0, t.eos_id)),
+    "a special id shown": ("the original is shown", lambda s, t: s.shown_BP.put(0, t.eos_id)),
     "segment B empty": ("no segment is empty", lambda s, t: s.segment_boundary_B.put(0, s.length_B - 1)),
     "position beyond the sample": (ANY_RULE, lambda s, t: s.positions_BP.put(0, MAX_LENGTH)),
     "length beyond the sample": (ANY_RULE, lambda s, t: s.length_B.put(0, MAX_LENGTH + 1)),
