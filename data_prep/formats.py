@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -25,15 +25,23 @@ _DECOMPRESSORS: dict[str, tuple[Callable[[], Any], int]] = {
     ".zst": (lambda: zstandard.ZstdDecompressor().decompressobj(), 256),  # 4 bytes may become 128 KiB
     ".xz": (lzma.LZMADecompressor, 256),
 }
+_TEXT_SUFFIXES, _TABLE_SUFFIXES = (".txt", ".jsonl"), (".parquet", ".arrow")
 _BATCH_ROWS = 256
 _BYTES_TYPE = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
 def format_of(path: Location) -> str:
     """.txt, .jsonl, .parquet or .arrow, without the suffix of a compression; "" for a file of another kind."""
-    suffix = Path(path.stem).suffix if is_compressed(path) else path.suffix
-    is_known = suffix in (".txt", ".jsonl") or (is_table(path) and not is_compressed(path))
-    return suffix if is_known else ""
+    return format_of_name(path.name)
+
+
+def format_of_name(name: str) -> str:
+    """Like `format_of`, of a file's name."""
+    stem, suffix = os.path.splitext(name)
+    if suffix in _DECOMPRESSORS:
+        suffix = os.path.splitext(stem)[1]
+        return suffix if suffix in _TEXT_SUFFIXES else ""
+    return suffix if suffix in (*_TEXT_SUFFIXES, *_TABLE_SUFFIXES) else ""
 
 
 def is_compressed(path: Location) -> bool:
@@ -43,7 +51,7 @@ def is_compressed(path: Location) -> bool:
 
 def is_table(path: Location) -> bool:
     """Whether it has columns, and row groups (Parquet) or record batches (Arrow) as its parts."""
-    return path.suffix in (".parquet", ".arrow")
+    return path.suffix in _TABLE_SUFFIXES
 
 
 @contextmanager
