@@ -38,6 +38,7 @@ from data_prep.build import draw_mask_sets
 from data_prep.cleaning import NO_CLEANING, cleaned
 from data_prep.console import ArgumentParser, progress_bar, run_command
 from data_prep.corpus import Document, Unit, find_sources, make_document, plan_units, read_unit
+from data_prep.corpus_files import find_files
 from data_prep.memory import keep_freed_memory
 from data_prep.packing import Texts, assemble
 from data_prep.parameters import BuildParameters
@@ -351,7 +352,7 @@ def _bar(stage: str, total: int) -> Any:
 
 def measure(corpus: Sequence[Path], rounds: int) -> dict[str, Any]:
     """All figures."""
-    files = [source.path for source in find_sources(corpus)]
+    files = [path for path, _ in find_files(corpus)]
     if others := [file for file in files if file.suffix != ".jsonl"]:
         raise ValueError(f"{others[0]}: expected .jsonl files alone, which the plain loops read")
     with tempfile.TemporaryDirectory() as name:

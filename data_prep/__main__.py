@@ -41,6 +41,7 @@ from data_prep.stats import Measured
 from data_prep.stats import measure as measure_data_set
 from data_prep.stats_figure import draw
 from data_prep.stats_summary import describe, summarize
+from data_prep.storage import location
 from data_prep.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, ROLE_PIECES, train_tokenizer
 
 _T = TypeVar("_T")
@@ -70,8 +71,8 @@ def make_parser() -> ArgumentParser:
 
     def takes_corpus(sub: ArgumentParser) -> None:
         texts = sub.add_mutually_exclusive_group(required=True)
-        texts.add_argument("--corpus", type=Path, nargs="+", metavar="PATH",
-                           help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
+        texts.add_argument("--corpus", nargs="+", metavar="PATH",
+                           help=f"text files ({EXPECTED_NAMES}), folders of them, or globs; also s3://, hf:// or https://")  # fmt: skip
         texts.add_argument("--mixture", type=Path, metavar="YAML",
                            help="file that names several corpora and how often training sees each; docs/data.md shows one")  # fmt: skip
         add_flags(sub, ReadSettings)
@@ -162,7 +163,7 @@ def _from_flags(cls: type[_T], args: Any) -> _T:
 
 def _mixture(args: Any) -> Mixture:
     reading = _from_flags(ReadSettings, args)
-    return read_mixture(args.mixture, reading) if args.mixture else [Corpus(args.corpus, reading)]
+    return read_mixture(args.mixture, reading) if args.mixture else [Corpus([*map(location, args.corpus)], reading)]
 
 
 def _train_tokenizer(args: Any) -> None:

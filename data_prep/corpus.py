@@ -16,9 +16,10 @@ from typing import Literal
 
 import orjson
 
+from data_prep.blocks import BlockDigests, num_blocks
 from data_prep.corpus_files import find_files
-from data_prep.files import BlockDigests, num_blocks
-from data_prep.formats import format_of, is_compressed, is_table, num_parts, open_text, read_column
+from data_prep.formats import EXPECTED_NAMES, format_of, is_compressed, is_table, num_parts, open_text, read_column
+from data_prep.storage import Location, Url, find_remote, state_of
 
 DocumentPer = Literal["file", "blank_line"]
 ParagraphPer = Literal["line", "blank_line"]
@@ -44,12 +45,12 @@ DEFAULT_READING = ReadSettings()
 class Source:
     """An input file."""
 
-    path: Path
+    path: Location
     name: str
     """Path below the folder that was given: what the manifest records, the same on every machine."""
     size_bytes: int
     mtime_ns: int
-    """When it was last changed."""
+    """When it was last changed; of a remote file a number made of what its server tells of its version."""
     reading: ReadSettings = DEFAULT_READING
     corpus: int = 0
     """Which corpus of a mixture it is of."""
@@ -155,14 +156,21 @@ def make_document(lines: Iterable[str]) -> Document:
     return Document(kept, tuple(sorted(starts)))
 
 
-def find_sources(paths: Sequence[Path], reading: ReadSettings = DEFAULT_READING, corpus: int = 0) -> list[Source]:
-    """The files of `find_files`, which tells what is raised."""
-    return [Source(file, _printable(name), *_state(file), reading, corpus) for file, name in find_files(paths)]
-
-
-def _state(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
+def find_sources(paths: Sequence[Location], reading: ReadSettings = DEFAULT_READING, corpus: int = 0) -> list[Source]:
+    """The files of this machine that `find_files` finds, and those at URLs, in the order of the paths; these functions tell
+    what is raised."""
+    found: list[Source] = []
+    for is_remote, some in groupby(paths, key=lambda path: isinstance(path, Url)):
+        if is_remote:
+            for url in (path for path in some if isinstance(path, Url)):
+                files = [file for file in find_remote(url) if format_of(file[0])]
+                if not files:
+                    raise ValueError(f"{url}: no {EXPECTED_NAMES} file there")
+                found += [Source(place, name, *state, reading, corpus) for place, name, state in files]
+        else:
+            local = find_files([path for path in some if isinstance(path, Path)])
+            found += [Source(file, _printable(name), *state_of(file), reading, corpus) for file, name in local]
+    return found
 
 
 def _printable(name: str) -> str:
@@ -182,7 +190,7 @@ def refuse_changes(sources: Iterable[Source]) -> Iterator[None]:
     except ValueError as error:
         failure = error
     for source in sources:
-        if _state(source.path) != (source.size_bytes, source.mtime_ns):
+        if state_of(source.path) != (source.size_bytes, source.mtime_ns):
             raise ValueError(
                 f"{source.path}: has changed since this command was started; start it again when the file is complete"
             )

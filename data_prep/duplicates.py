@@ -213,6 +213,11 @@ class _Parts:
     def first_place(self, part: int) -> np.uint64:
         return np.uint64(self.first_document[part]) << _PARAGRAPH_BITS
 
+    def cut_out(self, part: int, places: np.ndarray) -> np.ndarray:
+        """Those of places, which are in order, that are in the part."""
+        span = np.array([self.first_place(part), self.first_place(part + 1)])
+        return np.array(places[slice(*np.searchsorted(places, span))])
+
     @property
     def num_groups(self) -> int:
         return min(MAX_GROUPS, len(self.unit_P))
@@ -290,14 +295,14 @@ def find_duplicates(folder: Path, num_units: int, settings: DuplicateSettings, p
 def _gather_group(folder: Path, group: int, kind: Kind, settings: DuplicateSettings) -> Work:
     """Leave the hashes of a group's parts in one file, without those of documents that an earlier kind drops."""
     parts = _read_parts(folder)
-    earlier = settings.kinds[: settings.kinds.index(kind)]
+    earlier = [_read_dropped(folder, other, group) for other in settings.kinds[: settings.kinds.index(kind)]]
 
     def runs() -> Iterator[np.ndarray]:
         collected: list[np.ndarray] = []
         for part in parts.of_group(group):
             rows = _read_stored(parts.path(folder, part), kind)
             rows[1] += parts.first_place(part)
-            for dropped in (_read_dropped(folder, other, parts, part) for other in earlier):
+            for dropped in (parts.cut_out(part, of_group) for of_group in earlier):
                 rows = rows[:, ~np.isin(rows[1] >> _PARAGRAPH_BITS, dropped >> _PARAGRAPH_BITS)]
             if collected and sum(map(np.size, collected)) + rows.size > 2 * BUCKET_HASHES:
                 yield _sorted(collected)
@@ -399,12 +404,13 @@ def _find_pairs(folder: Path, group: int, num_tasks: int, settings: DuplicateSet
         group_of_first = np.searchsorted(first_document, pairs[1], side="right") - 1
         is_like = np.zeros(pairs.shape[1], dtype=bool)
         for other in np.unique(group_of_first).tolist():
-            others = signatures.setdefault(other, _read_signatures(folder, other))
+            if other not in signatures:
+                signatures[other] = _read_signatures(folder, other)
             columns = np.flatnonzero(group_of_first == other)
             for some in np.split(columns, range(_COMPARED, len(columns), _COMPARED)):
                 similarity = minhash.similarity(
                     signatures[group][pairs[0, some] - first_document[group]],
-                    others[pairs[1, some] - first_document[other]],
+                    signatures[other][pairs[1, some] - first_document[other]],
                 )
                 is_like[some] = similarity >= settings.near_duplicate_jaccard
         alike.append(pairs[:, is_like])
@@ -438,7 +444,7 @@ def without_duplicates(
         dropped: dict[int, Kind] = {}
         paragraphs: dict[int, set[int]] = {}
         for kind in settings.kinds:
-            for place in _read_dropped(folder, kind, parts, part).tolist():
+            for place in parts.cut_out(part, _read_dropped(folder, kind, parts.group_of(part))).tolist():
                 document, paragraph = divmod(place, 2**32)
                 if kind == "duplicate_paragraphs":
                     paragraphs.setdefault(document, set()).add(paragraph)
@@ -463,12 +469,10 @@ def _starts_run(hashes: np.ndarray) -> np.ndarray:
 # ---- files
 
 
-def _read_dropped(folder: Path, kind: Kind, parts: _Parts, part: int) -> np.ndarray:
-    """The places in a part that are dropped, in order."""
-    of_group = None if kind == "near_duplicate_documents" else parts.group_of(part)
-    dropped = np.load(_dropped_file(folder, kind, of_group), mmap_mode="r")
-    span = np.array([parts.first_place(part), parts.first_place(part + 1)])
-    return np.array(dropped[slice(*np.searchsorted(dropped, span))])
+def _read_dropped(folder: Path, kind: Kind, group: int) -> np.ndarray:
+    """The places that are dropped, in order: of a group at least."""
+    of_group = None if kind == "near_duplicate_documents" else group
+    return np.asarray(np.load(_dropped_file(folder, kind, of_group), mmap_mode="r"))
 
 
 def _read_signatures(folder: Path, group: int) -> np.ndarray:

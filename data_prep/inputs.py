@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.blocks import digest_of_blocks
 from data_prep.corpus import Source, Unit, refuse_changes
-from data_prep.files import digest_of_blocks, named, sha256_of_file, unfinished_file, write_whole
+from data_prep.files import sha256_of_file, unfinished_file, write_whole
 from data_prep.mixture import Mixture
+from data_prep.storage import open_raw
 
 SOURCE_LIST = "sources.jsonl"
 TIMES = ".mtimes.npy"
@@ -53,7 +55,7 @@ def _hash_sample(sources: Sequence[Source]) -> str:
     for number in range(_NUM_SAMPLES if ends[-1] else 0):
         place = ends[-1] * number // _NUM_SAMPLES
         index = bisect_right(ends, place)
-        with named(sources[index].path), open(sources[index].path, "rb", buffering=0) as file:
+        with open_raw(sources[index].path) as file:
             file.seek(place - (ends[index] - sources[index].size_bytes))
             found.update(file.read(_SAMPLE_BYTES))
     return found.hexdigest()

@@ -389,11 +389,11 @@ def test_opens_grow_with_the_units_and_not_with_units_times_buckets(
 ) -> None:
     """However many parts and buckets there are: for each unit, and for each pair of groups, a fixed number."""
     monkeypatch.setattr(duplicates, "MAX_GROUPS", 4)
-    monkeypatch.setattr(duplicates, "BUCKET_HASHES", 50)
-    few, many = (num_opened(tmp_path / str(num), num, corpus) for num in (10, 40))
-    of_a_unit = 2 * len(ALL_KINDS.kinds) + 4
+    monkeypatch.setattr(duplicates, "BUCKET_HASHES", 100)
+    few, many = (num_opened(tmp_path / str(num), num, corpus[:160]) for num in (10, 40))
+    of_a_unit = len(ALL_KINDS.kinds) + 2  # its hashes for each kind, before that its counts, and its signatures
     assert 0 < many - few <= 30 * of_a_unit
-    assert few <= 10 * of_a_unit + 20 * 4 * 4 * len(ALL_KINDS.kinds)
+    assert few <= 10 * of_a_unit + 4 * 4 * 2 * len(ALL_KINDS.kinds) + 4 * 4 * 3 + 200
 
 
 @pytest.mark.slow

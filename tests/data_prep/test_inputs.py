@@ -19,12 +19,13 @@ from stages import Disturbed, Interrupted
 from support import files_of
 from texts import as_json_lines, write, write_table
 
+from data_prep import blocks as blocks_module
 from data_prep import build as build_module
-from data_prep import files
+from data_prep.blocks import BlockDigests, digest_of_blocks, num_blocks
 from data_prep.build import WORK, build
 from data_prep.corpus import ReadSettings, find_sources, plan_units, read_unit
 from data_prep.duplicates import DuplicateSettings
-from data_prep.files import BlockDigests, digest_of_blocks, num_blocks, write_manifest
+from data_prep.files import write_manifest
 from data_prep.inputs import SOURCE_LIST, TIMES, digests_of_unit, hashes_of_sources
 from data_prep.mixture import Corpus
 from data_prep.parameters import BuildParameters
@@ -55,7 +56,7 @@ def test_parts_of_a_file_are_hashed_to_the_hash_of_all(
     path.write_bytes(content)
     edges = sorted({0, len(content), *(min(cut, len(content)) for cut in cuts)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "BLOCK_BYTES", block_bytes)
+        patch.setattr(blocks_module, "BLOCK_BYTES", block_bytes)
         digests = b""
         for start, stop in pairwise(edges):
             blocks = BlockDigests(start, stop, len(content))
@@ -71,7 +72,7 @@ def test_parts_of_a_file_are_hashed_to_the_hash_of_all(
 
 @pytest.mark.parametrize("unit_bytes", [700, 10_000, 2**30])
 def test_reading_hashes_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 512)
     texts = [f"Text number {number} of a corpus, in several lines\n" * 5 for number in range(60)]
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
         write(tmp_path / name, as_json_lines(texts))
