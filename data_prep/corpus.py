@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import orjson
 
 from data_prep.blocks import BlockDigests, num_blocks
 from data_prep.corpus_files import find_files
+from data_prep.files import NotJSON, parse_json
 from data_prep.formats import EXPECTED_NAMES, format_of, is_compressed, is_table, num_parts, open_text, read_column
 from data_prep.storage import Location, Url, find_remote, state_of
 
@@ -320,9 +320,9 @@ def _json_lines(source: Source, piece: Piece, blocks: BlockDigests | None) -> It
             if not line or line.isspace():
                 continue
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _bad_line(source, offset, f"not JSON ({error})") from None
+                record = parse_json(line)
+            except NotJSON as error:
+                raise _bad_line(source, offset, str(error)) from None
         if isinstance(record, dict) and text_field in record and record[text_field] is None:
             continue
         text = record.get(text_field) if isinstance(record, dict) else None

@@ -18,7 +18,8 @@ from support import files_of
 
 from data_prep.tokenizer import Tokenizer
 from finetune import modeling_pmlm
-from finetune.convert import ConvertSettings, convert, main
+from finetune.__main__ import main
+from finetune.convert import ConvertSettings, convert
 from finetune.huggingface import register
 from finetune.weights import load_pretrained
 from pretrain.export import write_export
@@ -92,7 +93,7 @@ def test_a_bert_without_output_layer_goes_to_every_form(vocabulary: Path, tmp_pa
 def run(*words: object) -> tuple[int, str, str]:
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(sys, "argv", ["convert", *map(str, words)]),
+        mock.patch.object(sys, "argv", ["finetune", "convert", *map(str, words)]),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
