@@ -33,6 +33,8 @@ RECIPES = [path for path in DEEPSPEED_CONFIGS if "finetune" not in path.name]
 RUN_IN_ANY_PRECISION = str(REPOSITORY / "tests" / "any_precision.py")
 """run_pretrain.py, for a CPU without fp16 arithmetic too."""
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
+PATIENCE_S = 600.0
+"""After so long a test takes a process for one that hangs; no machine is so slow."""
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50
 
@@ -132,7 +134,7 @@ def kill_left_processes(test: str | None = None) -> None:
 
 
 def run_command(
-    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 1200, **changes: str
+    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = PATIENCE_S, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr are captured as text."""
     return subprocess.run(
@@ -143,7 +145,7 @@ def run_command(
 def run_in_shell(command: str, folder: Path) -> str:
     """A command line that must succeed, as a user types it; its stdout and stderr, together."""
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), text=True, timeout=1200, check=False, executable="/bin/bash",
+        command, shell=True, cwd=folder, env=environment(), text=True, timeout=PATIENCE_S, check=False, executable="/bin/bash",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
@@ -151,7 +153,9 @@ def run_in_shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
+def run_as_ranks(
+    world_size: int, command: list[str], timeout_s: float = PATIENCE_S
+) -> subprocess.CompletedProcess[str]:
     """Run a Python script as the ranks of a run, without a launcher; all their stderr is in the result."""
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

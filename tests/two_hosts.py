@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import REPOSITORY, environment, free_port
+from support import PATIENCE_S, REPOSITORY, environment, free_port
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
 
@@ -40,7 +40,7 @@ class TwoHosts:
         (folder / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\n")
         env = self.environment() | {"DS_ENV_FILE": str(folder / ".deepspeed_env")}
         done = subprocess.run(
-            command, shell=True, cwd=cwd or folder, env=env, text=True, timeout=1200, check=False,
+            command, shell=True, cwd=cwd or folder, env=env, text=True, timeout=PATIENCE_S, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.stdout
@@ -134,7 +134,7 @@ def run_on_two_networks(command: list[str], folder: Path, **variables: str) -> s
         cwd=REPOSITORY,
         env=env,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

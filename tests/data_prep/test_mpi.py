@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from held_build import Hold
-from support import REPOSITORY, environment, files_of
+from support import PATIENCE_S, REPOSITORY, environment, files_of
 
 from data_prep.__main__ import make_parser
 from data_prep.processes import launched_by_mpi, num_launched
@@ -43,7 +43,7 @@ def mpi_environment() -> dict[str, str]:
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=REPOSITORY, env=mpi_environment(), capture_output=True, text=True, timeout=120, check=False
+        command, cwd=REPOSITORY, env=mpi_environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
 
 
@@ -133,7 +133,7 @@ def test_a_job_killed_again_and_again(
         if victim != "rank that starts":
             wait_until(hold.is_reached, process)
         os.kill(process.pid if victim == "mpirun" else draw.choice(ranks), signal.SIGKILL)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=PATIENCE_S)[1]
         assert process.returncode != 0
         if victim == "rank":
             assert (
@@ -147,7 +147,7 @@ def test_a_job_killed_again_and_again(
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None, process.communicate()[1]

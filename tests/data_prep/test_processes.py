@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, environment
+from support import PATIENCE_S, REPOSITORY, environment
 
 from data_prep import processes
 from data_prep.console import available_cores
@@ -70,7 +70,7 @@ def test_short_tasks_are_shared_evenly_by_ranks() -> None:
         OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", PYTHONPATH=f"{REPOSITORY}:{REPOSITORY}/tests"
     )
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=allowed, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=REPOSITORY, env=allowed, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert_even(json.loads(done.stdout), {"rank 1", "rank 2"})

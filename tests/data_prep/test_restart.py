@@ -22,7 +22,7 @@ import h5py
 import pytest
 from held_build import Hold, on_changes
 from stages import Disturbed
-from support import REPOSITORY, environment, files_of
+from support import PATIENCE_S, REPOSITORY, environment, files_of
 
 from data_prep import build as build_module
 from data_prep import units
@@ -329,7 +329,7 @@ class RunningBuild:
 
     def wait(self) -> list[str]:
         """Lines on stderr, without those of the progress bar."""
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=PATIENCE_S)
         bars = ("read input:", "tokenize:", "draw masks:")
         return [line for line in errors.splitlines() if not line.startswith(bars)]
 
@@ -340,7 +340,7 @@ class RunningBuild:
         self.hold.release()
 
 
-def until(condition: Callable[[], bool], patience_s: float = 120.0) -> bool:
+def until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> bool:
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:

@@ -8,7 +8,16 @@ from typing import Any
 
 import psutil
 import pytest
-from support import HOSTFILE_COMMAND, REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_command
+from support import (
+    HOSTFILE_COMMAND,
+    PATIENCE_S,
+    REPOSITORY,
+    assert_user_error,
+    deepspeed_json,
+    environment,
+    free_port,
+    run_command,
+)
 from two_hosts import HOSTS, TwoHosts, run_on_two_networks
 
 from pretrain.metrics import MEASURED, read_records
@@ -91,7 +100,7 @@ def test_torchrun_on_two_nodes_gives_the_same_run(pdsh_run: Path, flags: list[st
         )
         for node in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    outputs = [node.communicate(timeout=PATIENCE_S)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert curve(tmp_path / "run") == curve(pdsh_run)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support import REPOSITORY, environment, free_port, run_command
+from support import PATIENCE_S, REPOSITORY, environment, free_port, run_command
 
 from data_prep.console import available_cores
 from pretrain.launchers import _LOCAL_SIZES, Place, find_place, own_address, tasks_per_node
@@ -90,7 +90,7 @@ def test_ranks_started_by_hand_are_no_one_host_until_they_are_counted() -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
     assert [out for out, _ in outputs] == [f"2 {max(1, available_cores() // 2)}\n"] * 2, outputs
 
 
