@@ -19,6 +19,7 @@ import numba
 import numpy as np
 
 from data_prep.draws import Decision, draw_words, word_of
+from data_prep.errors import UserError
 from data_prep.shards import CHUNK_SAMPLES, DataSet, SampleBatch, Split, concatenate
 from pretrain.layout import Layout, Objective, pseudo_masked_layout
 
@@ -166,7 +167,7 @@ class TrainingBatches:
     ) -> None:
         """`one_shape` as in `pseudo_masked_layout`. Raises ValueError if the data set has no training samples."""
         if not data.num_samples("train"):
-            raise ValueError(f"{data.folder}: has no training samples")
+            raise UserError(f"{data.folder}: has no training samples")
         self._order = SampleOrder(data.num_samples("train"), seed)
         self._chunks = RecentChunks(data, "train")
         self._num_mask_sets = data.num_mask_sets
