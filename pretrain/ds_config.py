@@ -292,7 +292,12 @@ def _decide(values: dict[str, Any], decided: Mapping[str, tuple[Any, str]]) -> l
     faults = []
     if "scheduler" in values:
         faults.append("scheduler: the learning rate is decided by the flags; leave the section out")
+    for section in ("optimizer", "zero_optimization"):
+        if not isinstance(values.get(section, {}), dict):
+            return [*faults, f"{section}: expected an object, found {values[section]!r}"]
     params = values.get("optimizer", {}).get("params", {})
+    if not isinstance(params, dict):
+        return [*faults, f"optimizer.params: expected an object, found {params!r}"]
     for name in sorted(params.keys() - {key.rpartition(".")[2] for key in decided}):
         faults.append(f"optimizer.params.{name}: decided by the program; leave it out")
     for key, (value, flag) in decided.items():
