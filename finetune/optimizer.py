@@ -21,6 +21,7 @@ from finetune.processes import Processes
 from pretrain.device import Precision, agreed_precision, speeds
 from pretrain.distributed import join_ranks
 from pretrain.ds_config import DeepSpeedConfig
+from pretrain.model import has_weight_decay
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -265,6 +266,26 @@ class PartedState:
     def close(self) -> None:
         """See Optimizer."""
         self._engine.release()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Return a group for each depth, with and without weight decay; `scale` is what the depth multiplies the learning rate by.
+
+    The embeddings and the relative bias, which all layers share, lie below the first layer, the new output above the last.
+    """
+    num_layers = len(model.bert.encoder.layer)  # type: ignore[union-attr, arg-type]
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        depth = 0 if words[1] in ("embeddings", "encoder") else num_layers + 1
+        depth = int(words[3]) + 1 if words[1:3] == ["encoder", "layer"] else depth
+        decays = has_weight_decay(name, parameter)
+        group = groups.setdefault((depth, decays), {
+            "params": [], "weight_decay": weight_decay if decays else 0.0,
+            "scale": layer_decay ** (num_layers + 1 - depth),
+        })  # fmt: skip
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def deepspeed_config(path: Path, decided: Mapping[str, Any], world_size: int) -> DeepSpeedConfig:

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
 from pretrain.checkpoint import checkpoints_by_step
 from pretrain.config import Inputs, check_inputs, make_parser
@@ -248,12 +250,24 @@ def _of_run(inputs: Inputs | None, args: Any) -> Iterator[Check]:
         return
     samples, needed = inputs.data.num_samples("train"), inputs.total_steps * inputs.batch_sizes.train_batch
     epochs = needed / max(1, samples)
+    masks, rates = inputs.data.masks, inputs.data.masks.rates_K
+    num_epochs = max(1, -(-inputs.schedule_samples // max(1, samples)))
     found = f"{needed} samples in {inputs.total_steps} steps, of {samples}: {epochs:.1f} epochs"
     if samples < inputs.batch_sizes.train_batch or epochs > _MAX_EPOCHS:
         remedy = f"more text, or fewer steps: from {_MAX_EPOCHS} epochs on a repeated text teaches next to nothing"
         yield Check("samples", "FAILED", found, remedy)
     elif epochs > inputs.data.num_mask_sets:
-        remedy = f"masks repeat after {inputs.data.num_mask_sets} epochs; `python -m data_prep remask` draws more sets"
+        remedy = (
+            f"masks repeat: there are {inputs.data.num_mask_sets} mask sets; `python -m data_prep remask` draws more"
+        )
+        yield Check("samples", "warning", found, remedy)
+    elif (
+        not masks.is_constant
+        and (last := int(masks.sets_of_epochs(np.array(num_epochs - 1), num_epochs))) < len(rates) - 1
+    ):
+        remedy = f"the mask rate ends at {rates[last]:g}, not {rates[-1]:g}: {num_epochs} epochs do not use all {len(rates)} mask sets"
+        if num_epochs > 1:
+            remedy += f"; `python -m data_prep remask --mask_sets {num_epochs}` makes one for each epoch"
         yield Check("samples", "warning", found, remedy)
     else:
         yield Check("samples", "ok", found)

@@ -161,7 +161,9 @@ class DeepSpeedConfig:
         Raises FileNotFoundError, or ValueError that lists every fault of the file.
         """
         if not path.is_file():
-            raise FileNotFoundError(2, "no such DeepSpeed configuration; ds_configs/ has some", str(path))
+            raise FileNotFoundError(
+                2, "no such DeepSpeed configuration (this program's folder ds_configs has some)", str(path)
+            )
         self.path = path
         self.values: dict[str, Any] = read_json(path)
         if not isinstance(self.values, dict):
@@ -292,9 +294,9 @@ def _decide(values: dict[str, Any], decided: Mapping[str, tuple[Any, str]]) -> l
     faults = []
     if "scheduler" in values:
         faults.append("scheduler: the learning rate is decided by the flags; leave the section out")
-    for section in ("optimizer", "zero_optimization"):
-        if not isinstance(values.get(section, {}), dict):
-            return [*faults, f"{section}: expected an object, found {values[section]!r}"]
+    for outer in ("optimizer", "zero_optimization"):
+        if not isinstance(values.get(outer, {}), dict):
+            return [*faults, f"{outer}: expected an object, found {values[outer]!r}"]
     params = values.get("optimizer", {}).get("params", {})
     if not isinstance(params, dict):
         return [*faults, f"optimizer.params: expected an object, found {params!r}"]

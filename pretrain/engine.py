@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
 from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime import compiler
 from pydantic import ValidationError
 from torch import nn
 
@@ -21,6 +26,23 @@ from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses, has_weight_decay
 from pretrain.partitions import MOMENTS, WEIGHT, Partitions
+
+
+def _import_muon_without_compiler() -> None:
+    """Import DeepSpeed's Muon optimizer so that it does not load torch's compiler.
+
+    `deepspeed.initialize` imports it, nothing here uses it, and the compiler takes two seconds of every start.
+    """
+    make_decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):  # of a version of DeepSpeed without it
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = make_decorator
+
+
+_import_muon_without_compiler()
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The attributes of DeepSpeed's dynamic loss scaler that change while it works. Its others are settings of the JSON."""
@@ -95,6 +117,8 @@ class Engine:
         self.batch_sizes: BatchSizes = config.batch_sizes(self.world_size)
         values = {**config.values, **_three_sizes(self.batch_sizes)}
         groups = groups or parameter_groups(model)
+        if config.offloads_optimizer:  # DeepSpeed then compiles its own, by programs that may be next to Python only
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         self._is_torch_optimizer = not config.offloads_optimizer
         optimizer = make_optimizer(groups, values.pop("optimizer")) if self._is_torch_optimizer else None
         # On CPUs, DeepSpeed's shared-memory collectives need a compiler and leak 69 MB a rank, for the same bits.

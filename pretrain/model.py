@@ -211,10 +211,9 @@ class _Norm(torch.autograd.Function):
         d_vectors_NH, _, _ = torch.ops.aten.native_layer_norm_backward(
             d_result_NH, vectors_NH, weight_H.shape, mean_N1, inverse_std_N1, weight_H, bias_H, [True, False, False]
         )
-        normalized_NH = F.layer_norm(vectors_NH, weight_H.shape, eps=ctx.eps)
-        d_weight_H = torch.mul(d_result_NH, normalized_NH).sum(0, dtype=torch.float32)
-        d_bias_H = d_result_NH.sum(0, dtype=torch.float32)
-        return d_vectors_NH, d_weight_H.to(weight_H.dtype), d_bias_H.to(bias_H.dtype), None
+        # `sum` adds up in fp32 whatever it is given, and is faster in 16 bits than with dtype=torch.float32.
+        d_weight_H = F.layer_norm(vectors_NH, weight_H.shape, eps=ctx.eps).mul_(d_result_NH).sum(0)
+        return d_vectors_NH, d_weight_H.to(weight_H.dtype), d_result_NH.sum(0).to(bias_H.dtype), None
 
 
 class _Embedding(nn.Embedding):

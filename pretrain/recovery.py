@@ -140,6 +140,7 @@ class Recovery:
             "recent_steps": self._guard.state_dict()["recent_steps"],
             "identity": self._identity,
             "data": str(config.data.resolve()),
+            "schedule_samples": self._inputs.schedule_samples,
             "attention": config.attention,
             "activation_checkpointing": config.activation_checkpointing,
             "batch_sizes": asdict(self._inputs.batch_sizes),

@@ -87,7 +87,10 @@ def _replay(
     sizes, objective = engine.batch_sizes, Objective(identity["objective"])
     share = Share(engine.rank, engine.world_size, sizes.micro_batch, sizes.accumulation_steps)
     one_each = Share(engine.rank, engine.world_size, 1, batch // engine.world_size)
-    batches, singles = (TrainingBatches(data, objective, s, identity["seed"]) for s in (share, one_each))
+    batches, singles = (
+        TrainingBatches(data, objective, of_rank, identity["seed"], total_samples=about["schedule_samples"])
+        for of_rank in (share, one_each)
+    )
     order = SampleOrder(data.num_samples("train"), identity["seed"])
     cursor = Cursor(batch, about["cursor"])
 

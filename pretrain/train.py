@@ -213,7 +213,12 @@ class Trainer:
         """Return the micro batches of the steps that are left."""
         has_one_shape = self._validation_has_one_shape and (self._config.compile or self._inputs.model.dropout == 0)
         batches = TrainingBatches(
-            self._inputs.data, self._config.objective, self._share, self._config.seed, one_shape=has_one_shape
+            self._inputs.data,
+            self._config.objective,
+            self._share,
+            self._config.seed,
+            total_samples=self._inputs.schedule_samples,
+            one_shape=has_one_shape,
         )
         ahead, num_steps = self._cursor.copy(), self._inputs.total_steps - self._engine.steps
         starts = (ahead.next().start for _ in range(num_steps))

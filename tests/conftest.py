@@ -26,8 +26,8 @@ from benchmarks.text import make_data, make_tokenizer
 from data_prep.parameters import BuildParameters
 
 LONGEST_FIRST = (
-    "test_readme.py", "test_run.py", "test_restart.py", "test_launching.py", "test_slurm.py", "test_doctor.py", "test_engine.py", "test_export.py",
-    "test_mpi.py", "test_command_line.py", "test_execution.py",
+    "test_readme.py", "test_study.py", "test_run.py", "test_slurm.py", "test_stopping.py", "test_launching.py", "test_elastic.py",
+    "test_guard.py", "test_engine.py", "test_watchdog.py", "test_classify.py", "test_seq2seq.py", "test_restart.py", "test_export.py",
 )  # fmt: skip
 
 HEAVY_FIXTURES = {"browser", "slurm", "two_hosts"}
@@ -156,6 +156,6 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forking_ranks() -> Iterator[Ranks]:
     """Four processes that fork into the ranks of runs of one to four ranks: `forking_ranks(function, *arguments)`."""
-    ranks = Ranks(4, timeout_s=1200, is_joined=False)
+    ranks = Ranks(4, is_joined=False)
     yield ranks
     ranks.end()

@@ -18,8 +18,9 @@ import psutil
 import sentencepiece
 
 from data_prep.files import write_manifest
+from data_prep.mask_settings import PAPER_MASKS
 from data_prep.masking import draw_masks
-from data_prep.packing import Texts, assemble, cut_into_texts
+from data_prep.packing import NUM_SPECIAL_TOKENS, Texts, assemble, cut_into_texts
 from data_prep.shards import SampleBatch, batch_of
 from pretrain.checkpoint import FORMAT, VERSION
 
@@ -50,10 +51,11 @@ def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_leng
     ]
     samples = assemble(texts_of(texts), seed=seed, first_sample=0, sos_id=SOS, eos_id=EOS)
     masks = draw_masks(
-        samples, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK, mask_sets=1, seed=seed,
+        samples, PAPER_MASKS, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK, seed=seed,
         first_sample=0,
     )  # fmt: skip
-    return batch_of(samples, masks.num_masked_B, masks.places_KM[0], max_length, PAD)
+    most_masked = PAPER_MASKS.max_masked(max_length, NUM_SPECIAL_TOKENS)
+    return batch_of(samples, masks.num_masked_KB[0], masks.places_K[0], max_length, most_masked, PAD)
 
 
 def texts_of(texts: Sequence[np.ndarray]) -> Texts:
@@ -131,7 +133,7 @@ def kill_left_processes(test: str | None = None) -> None:
 
 
 def run_command(
-    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 300, **changes: str
+    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 1200, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr are captured as text."""
     return subprocess.run(
@@ -142,7 +144,7 @@ def run_command(
 def run_in_shell(command: str, folder: Path) -> str:
     """A command line that must succeed, as a user types it; its stdout and stderr, together."""
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), text=True, timeout=300, check=False, executable="/bin/bash",
+        command, shell=True, cwd=folder, env=environment(), text=True, timeout=1200, check=False, executable="/bin/bash",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
@@ -150,7 +152,7 @@ def run_in_shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
     """Run a Python script as the ranks of a run, without a launcher; all their stderr is in the result."""
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.study.tasks import Classification, QuestionAnswering, Sizes, Task, Writing
-from finetune.classify import ColumnSettings
-from finetune.seq2seq_model import Seq2SeqSettings
+from finetune.classify_data import ColumnSettings
+from finetune.seq2seq_data import Seq2SeqSettings
 
 VOCAB_SIZE = 8000
 TOKENIZER_SAMPLE_MB = 20

@@ -44,7 +44,11 @@ def test_a_step_is_judged_once_by_the_loss_of_all_ranks(guard: Guard) -> None:
 def recovery(run: Path, data: DataSet, guard: Guard, cursor: Cursor, max_rewinds: int = 5) -> Recovery:
     config = RunConfig(Path("ds.json"), data=data.folder, run=run, max_rewinds=max_rewinds)
     inputs: Any = SimpleNamespace(
-        config=config, data=data, deepspeed=SimpleNamespace(values={}), batch_sizes=BatchSizes(BATCH, BATCH, 1)
+        config=config,
+        data=data,
+        deepspeed=SimpleNamespace(values={}),
+        batch_sizes=BatchSizes(BATCH, BATCH, 1),
+        schedule_samples=800,
     )
     return Recovery(inputs, {"seed": 0}, Share(0, 1, BATCH, 1), guard, cursor)
 
