@@ -39,6 +39,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
+from data_prep.errors import UserError
 from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
 from data_prep.mask_settings import MaskSettings, num_masked
 from data_prep.masking import Masks
@@ -158,7 +159,7 @@ class _Shard:
     def __init__(self, path: Path, max_length_tokens: int, max_masked_tokens: int) -> None:
         self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no cache: little is read twice
         if self._file.attrs.get("format") != np.bytes_(FORMAT) or self._file.attrs.get("version") != VERSION:
-            raise ValueError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
+            raise UserError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
         self._tokens, self._masks, self._samples = (self._file[name] for name in ("tokens", "masks", "samples"))
         self._samples = self._samples[:]
         num_masked_N = self._samples["num_masked"]
@@ -217,9 +218,9 @@ class DataSet:
         self.max_masked_tokens = self.masks.max_masked(self.max_length_tokens, NUM_SPECIAL_TOKENS)
         path = folder / self.manifest["tokenizer"]["file"]
         if not path.is_file():
-            raise ValueError(f"{path}: is missing; put it back or build the data anew")
+            raise UserError(f"{path}: is missing; put it back or build the data anew")
         if (found := sha256_of_file(path)) != self.manifest["tokenizer"]["sha256"]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not the tokenizer these shards were made with (SHA-256 {found[:12]}, "
                 f"expected {self.manifest['tokenizer']['sha256'][:12]}); put the right file back or build the data anew"
             )
@@ -273,7 +274,7 @@ class DataSet:
             self._open_shards.move_to_end(path)
             yield self._open_shards[path]
         except (OSError, KeyError, RuntimeError) as error:
-            raise ValueError(_damaged(path, error)) from None
+            raise UserError(_damaged(path, error)) from None
 
     def close(self) -> None:
         """Close the open shard files."""
@@ -303,7 +304,7 @@ def write_data_manifest(folder: Path, content: dict[str, Any]) -> None:
 def read_data_manifest(folder: Path) -> dict[str, Any]:
     """The manifest; ValueError where there is none, or it is damaged or another version's."""
     if not manifest_path(folder).is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: no data set there (no {MANIFEST}). Make one with: python -m data_prep train-tokenizer "
             f"--corpus TEXTS --tokenizer tokenizer.model && python -m data_prep build --corpus TEXTS "
             f"--tokenizer tokenizer.model --data {folder}"

@@ -19,6 +19,7 @@ import numba
 import numpy as np
 
 from data_prep.draws import Decision, draw_words, word_of
+from data_prep.errors import UserError
 from data_prep.shards import CHUNK_SAMPLES, DataSet, SampleBatch, Split, concatenate
 from pretrain.layout import Layout, Objective, pseudo_masked_layout
 
@@ -175,11 +176,9 @@ class TrainingBatches:
         needs it. `one_shape` as in `pseudo_masked_layout`. Raises ValueError if the data set has no training samples."""
         num_samples = data.num_samples("train")
         if not num_samples:
-            raise ValueError(f"{data.folder}: has no training samples")
+            raise UserError(f"{data.folder}: has no training samples")
         if total_samples is None and not data.masks.is_constant:
-            raise ValueError(
-                f"{data.folder}: its mask rate changes over a run, and the length of this one is not known"
-            )
+            raise UserError(f"{data.folder}: its mask rate changes over a run, and the length of this one is not known")
         self._order = SampleOrder(num_samples, seed)
         self._chunks = RecentChunks(data, "train")
         self._masks = data.masks

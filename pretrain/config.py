@@ -17,6 +17,8 @@ from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Objective
 from pretrain.model import ModelSize, PMLMConfig
 
+_GREATEST = 10**9  # of steps, samples, hours and all else that is counted
+_GREATEST_SEED = 2**63 - 1
 _T = TypeVar("_T")
 
 
@@ -80,9 +82,10 @@ class RunConfig:
             "spike_window_steps": 2, "max_rewinds": 0, "watchdog_minutes": 0,
         }  # fmt: skip
         faults = [
-            f"{name} is {value}, expected at least {least}"
+            f"{name} is {value}, expected at least {least} and at most {greatest}"
             for name, least in at_least.items()
-            if (value := getattr(self, name)) is not None and value < least
+            for greatest in [_GREATEST_SEED if name == "seed" else _GREATEST]
+            if (value := getattr(self, name)) is not None and not least <= value <= greatest  # nan is not, either
         ]
         if faults:
             raise ValueError("; ".join(faults))

@@ -99,7 +99,8 @@ def make_checkpoint(run: Path, step: int) -> Path:
     for name in ("shards/mp_rank_00_model_states.pt", "shards/zero_pp_rank_0_mp_rank_00_optim_states.pt"):
         (folder / name).write_bytes(content)
         files[name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    values = {"step": step, "samples_consumed": 32 * step, "files": files}
+    states = {"cursor": {"samples_consumed": 32 * step, "skipped": []}}
+    values = {"step": step, "states": states, "files": files}
     write_manifest(folder / "manifest.json", FORMAT, VERSION, values)
     return folder
 

@@ -149,6 +149,46 @@ def test_adam_goes_on_to_the_bit_after_a_resume(two_ranks: Ranks, tmp_path: Path
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def _step_reset_and_step(rank: int, config: Path) -> None:
+    """The same steps before and after a reset, whose loss scale has fallen and whose learning rate is another by then."""
+    from pretrain.engine import Engine
+
+    running = Engine(small_model(), DeepSpeedConfig(config))
+    layouts = [
+        pseudo_masked_layout(random_batch(8, seed=10 * n + rank), Objective.AE_PAR, mask_id=MASK) for n in range(5)
+    ]
+    found: list[list[Any]] = []
+    for is_again in (False, True):
+        if is_again:
+            running.reset(small_model())
+        values: list[Any] = []
+        for layout in layouts:
+            rate = running.learning_rate
+            losses = running(layout)
+            running.backward((losses.ae_sum + losses.par_sum) / 400)
+            running.step()
+            values += [running.steps, rate, running.loss_scale, running.skipped_steps, float(losses.ae_sum)]
+        found.append(values)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_reset_engine_does_the_same_steps_to_the_bit(
+    two_ranks: Ranks, tmp_path: Path, precision: str, stage: int
+) -> None:
+    sections: dict[str, Any] = {
+        "fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2, "hysteresis": 1},
+        "bf16": {"enabled": True},
+    }
+    config = deepspeed_json(
+        tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8, zero_optimization={"stage": stage},
+        scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 3}},
+        **{precision: sections[precision]},
+    )  # fmt: skip
+    two_ranks(_step_reset_and_step, config)
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Adam"])
 def test_the_optimizer_is_adam_as_the_json_describes_it(name: str) -> None:
     """20 steps in float64 by the formulas of Loshchilov and Hutter, and with adam_w_mode false by those of Kingma and Ba."""

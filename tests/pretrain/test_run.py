@@ -196,8 +196,15 @@ def test_another_kind_of_run_is_not_resumed(uninterrupted: Path, data_folder: Pa
     changes = ["--objective", "ae", "--hidden_size", "64"]
     done = one_rank(uninterrupted / "ds.json", data_folder, uninterrupted / "run", *changes)
     assert_user_error(
-        done, "saved by another kind of run", "objective was 'ae+par' and is now 'ae'", "'hidden_size': 64",
-    )  # fmt: skip
+        done, "another kind of run: model.hidden_size was 32 and is now 64; objective was 'ae+par' and is now 'ae'; put"
+    )
+
+
+def test_a_run_is_not_resumed_to_end_before_it_is(uninterrupted: Path, data_folder: Path) -> None:
+    before = {path: path.read_bytes() for path in (uninterrupted / "run").glob("*.json*")}
+    done = one_rank(uninterrupted / "ds.json", data_folder, uninterrupted / "run", "--max_steps", "3")
+    assert_user_error(done, f"step {STEPS} is done", "end the run at step 3")
+    assert {path: path.read_bytes() for path in (uninterrupted / "run").glob("*.json*")} == before
 
 
 def test_the_learning_rate_is_the_jsons_after_a_resume(uninterrupted: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -314,5 +321,5 @@ def test_a_full_disk_while_saving(config: Path, data_folder: Path, small_disk: P
     assert done.stderr.count("error: ") == 2  # of each rank
     records = read_records(small_disk / "run")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
-    assert [r["step"] for r in records if r["kind"] == "fault"] == [3, 6, 9, 12, 15, 16]
+    assert [r["step"] for r in records if r["kind"] == "fault"] == [3, 6, 9, 12, 15, 16, 16, 16]
     assert not list((small_disk / "run" / "checkpoints").glob("*"))

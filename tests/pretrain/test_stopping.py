@@ -19,7 +19,7 @@ import ctypes, sys, time
 from pretrain.stopping import Stopping, agreed_reason
 with Stopping(float(sys.argv[1])) as stopping:
     print("ready", flush=True)
-    while not stopping.is_asked:
+    while not any(stopping.vote()):
         time.sleep(0.01)
     print(agreed_reason(stopping.vote()), flush=True)
     if sys.argv[2:]:  # as inside a collective that hangs: no Python code runs in the main thread
