@@ -30,7 +30,7 @@ def find_files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     seen = _Seen()
     files: list[tuple[Path, str]] = []
     for given in paths:
-        files += [(file.path, name) for file, name in _files_of(given, seen) if seen.is_new_file(file)]
+        files += [(Path(file.path), name) for file, name in _files_of(given, seen) if seen.is_new_file(file)]
     if not files:
         raise ValueError(f"{', '.join(map(str, paths))}: no {EXPECTED_NAMES} file there")
     for what, passed_over in (
@@ -45,9 +45,12 @@ def find_files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
 
 @dataclass(frozen=True)
 class _Found:
-    """A path, which is a file or a link; asking the file system of each path again would take longer than all the rest."""
+    """A path, which is a file or a link; asking the file system of each path again would take longer than all the rest.
 
-    path: Path
+    It is a string: as `Path`, millions of files take minutes.
+    """
+
+    path: str
     is_link: bool
 
 
@@ -58,16 +61,16 @@ class _Seen:
         self.repeated_files: list[Path] = []
         self.repeated_folders: list[Path] = []
         self._files: set[str] = set()
-        self._folders: dict[Path, str] = {}
+        self._folders: dict[str, str] = {}
 
     def is_new_file(self, file: _Found) -> bool:
         """Whether the file was not seen yet, under any name."""
-        path, folder = file.path, file.path.parent
+        folder, name = os.path.split(file.path)
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder)
-        real = os.path.realpath(path) if file.is_link else os.path.join(self._folders[folder], path.name)
+        real = os.path.realpath(file.path) if file.is_link else f"{self._folders[folder]}{os.sep}{name}"
         if real in self._files:
-            self.repeated_files.append(path)
+            self.repeated_files.append(Path(file.path))
             return False
         self._files.add(real)
         return True
@@ -79,7 +82,7 @@ def _files_of(given: Path, seen: _Seen) -> Iterator[tuple[_Found, str]]:
     elif given.is_file():
         if not format_of(given):
             raise ValueError(f"{given}: expected a name that ends in {EXPECTED_NAMES}")
-        yield _Found(given, given.is_symlink()), given.name
+        yield _Found(str(given), given.is_symlink()), given.name
     else:
         folder = next(folder for folder in given.parents if not glob.has_magic(str(folder)))
         if not (matches := list(_matches(given, seen))):
@@ -90,12 +93,12 @@ def _files_of(given: Path, seen: _Seen) -> Iterator[tuple[_Found, str]]:
 
 
 def _named(folder: Path, found: Iterable[_Found]) -> Iterator[tuple[_Found, str]]:
-    for file in sorted(found, key=lambda file: file.path.parts):
-        path = file.path
-        if file.is_link and not path.exists():
-            raise FileNotFoundError(2, "a link to nothing; put back what it leads to, or remove it", str(path))
-        if format_of(path) and (not file.is_link or path.is_file()):
-            yield file, path.relative_to(folder).as_posix()
+    num_before = 0 if folder == Path() else len(str(folder).rstrip(os.sep)) + 1
+    for file in sorted(found, key=lambda file: file.path.split(os.sep)):
+        if file.is_link and not os.path.exists(file.path):
+            raise FileNotFoundError(2, "a link to nothing; put back what it leads to, or remove it", file.path)
+        if format_of(Path(file.path)) and (not file.is_link or os.path.isfile(file.path)):
+            yield file, file.path[num_before:]
 
 
 def _matches(pattern: Path, seen: _Seen) -> Iterator[_Found]:
@@ -108,9 +111,9 @@ def _matches(pattern: Path, seen: _Seen) -> Iterator[_Found]:
     if num_plain == len(parts):
         for path in set(matches).difference(folders):
             if (is_link := path.is_symlink()) or path.is_file():
-                yield _Found(path, is_link)
+                yield _Found(str(path), is_link)
     for file in _files_below(folders, seen):
-        if _is_match(file.path.parts[num_plain:], parts[num_plain:]):
+        if num_plain == len(parts) or _is_match(Path(file.path).parts[num_plain:], parts[num_plain:]):
             yield file
 
 
@@ -129,13 +132,13 @@ def _files_below(folders: Sequence[Path], seen: _Seen) -> Iterator[_Found]:
     What is reached without a link comes first, so that a folder is known by its own name where it has one.
     """
     entered: set[str] = set()
-    linked = deque(sorted(folders, key=lambda folder: (folder.is_symlink(), folder)))
+    linked = deque(map(str, sorted(folders, key=lambda folder: (folder.is_symlink(), folder))))
     while linked:
         below = [linked.popleft()]
         if os.path.realpath(below[0]) in entered:
-            seen.repeated_folders.append(below[0])
+            seen.repeated_folders.append(Path(below[0]))
             continue
-        links: list[Path] = []
+        links: list[str] = []
         while below:
             folder = below.pop()
             if (real := os.path.realpath(folder)) in entered:
@@ -144,14 +147,14 @@ def _files_below(folders: Sequence[Path], seen: _Seen) -> Iterator[_Found]:
             with os.scandir(folder) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
             for entry in visible:
-                path = folder / entry.name
+                path = entry.name if folder == os.curdir else os.path.join(folder, entry.name)
                 if not entry.is_dir():
                     if (is_link := entry.is_symlink()) or entry.is_file():
                         yield _Found(path, is_link)
                 elif not entry.is_symlink():
                     below.append(path)
                 elif Path(real).is_relative_to(os.path.realpath(path)):
-                    seen.repeated_folders.append(path)
+                    seen.repeated_folders.append(Path(path))
                 else:
                     links.append(path)
         linked.extend(sorted(links))
