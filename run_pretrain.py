@@ -16,7 +16,8 @@ from contextlib import nullcontext
 
 from data_prep.console import USER_ERROR_STATUS, describe_error
 from pretrain.checkpoint import SaveFailed
-from pretrain.config import check_inputs, make_parser
+from pretrain.config import check_flags, check_inputs, make_parser
+from pretrain.device import speeds
 from pretrain.launchers import take_place
 from pretrain.lock import hold_run
 from pretrain.logs import redirect_output, report_crash, wait_for_the_first_rank_to_report
@@ -28,9 +29,12 @@ def main() -> int:
     args = make_parser("run_pretrain.py", __doc__ or "").parse_args()
     rank, console, log = 0, sys.stderr, None
     try:
+        if args.check_for_ranks is not None:
+            check_flags(args, args.check_for_ranks, speeds())
+            return 0
         place = take_place()
         rank = place.rank
-        inputs = check_inputs(args, place.world_size)
+        inputs = check_inputs(args, place.world_size, speeds())
         console, log = redirect_output(inputs.config.run, rank)
         with hold_run(inputs.config.run, console) if rank == 0 else nullcontext():
             from pretrain.train import train  # here, so that what is wrong is said before the seconds this import takes

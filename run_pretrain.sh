@@ -28,7 +28,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 [ -e run_pretrain.py ] || cd "${SLURM_SUBMIT_DIR:-.}"  # Slurm runs a copy of this file elsewhere
-[ -e run_pretrain.py ] || { echo "run_pretrain.sh: error: submit from the repository's folder: cd REPOSITORY && sbatch ..." >&2; exit 2; }
+
+fail() { echo "run_pretrain.sh: error: $1" >&2; exit 2; }
+[ -e run_pretrain.py ] || fail "submit from the repository's folder: cd REPOSITORY && sbatch ..."
 
 usage() {
     cat <<'USAGE'
@@ -44,58 +46,96 @@ usage: ./run_pretrain.sh [flags] [flags of run_pretrain.py]
   --vocab_size N           entries of the tokenizer                         (default: 4000)
   --max_length_tokens N    tokens of a sample                               (default: 128)
   --mask_sets N            mask sets drawn for each sample                  (default: 4)
-  --ranks N                processes a host                                 (default: its GPUs, or 2 without any)
+  --model SIZE             tiny, small, base or large                       (default: tiny)
+  --ranks N                processes a host                                 (default: its visible GPUs, or 2 without any)
+  --master_port N          where the ranks meet                             (default: a free port)
   --deepspeed_config PATH  batch, precision, steps, learning rate           (default: ds_configs/zero2_local.json)
 
 In a Slurm job the defaults are --data data/pretrain, --deepspeed_config ds_configs/zero2.json and --model base, and in a job
 array %a in a flag is the task's number.
-Any other flag goes to run_pretrain.py; what it takes: .venv/bin/python run_pretrain.py --help
+Any other flag goes to run_pretrain.py, which checks them before the data are made: .venv/bin/python run_pretrain.py --help
 USAGE
 }
 
 [ -z "${SLURM_ARRAY_TASK_ID-}" ] || set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
 in_job=no
 [ -z "${SLURM_JOB_ID-}" ] || in_job=yes
-corpus=() mixture="" data="" name="" run="" document_per=file text_field=text vocab_size=4000 max_length_tokens=128 mask_sets=4 ranks=""
-deepspeed_config=ds_configs/zero2_local.json
-[ $in_job = no ] || deepspeed_config=ds_configs/zero2.json
-training_flags=() has_model=no
+corpus=() mixture="" data="" name="" run="" document_per=file text_field=text vocab_size=4000 max_length_tokens=128 mask_sets=4
+ranks="" master_port="" deepspeed_config=ds_configs/zero2_local.json model=tiny
+[ $in_job = no ] || { deepspeed_config=ds_configs/zero2.json model=base; }
+training_flags=() making_flags=()
 while [ $# -gt 0 ]; do
-    flag=$1
-    [[ $flag == --* ]] && flag=--$(printf %s "${1#--}" | tr - _)
+    word=$1
+    shift
+    [[ $word != -h && $word != --help ]] || { usage; exit 0; }
+    [[ $word == --?* ]] || fail "$word belongs to no flag; your text is given by --corpus PATH (--help: all flags)"
+    flag=${word%%=*}
+    flag=${flag#--}
+    flag=${flag//-/_}
+    values=()
+    if [[ $word == *=* ]]; then
+        values=("${word#*=}")
+    elif [ "$flag" = corpus ]; then
+        while [ $# -gt 0 ] && [[ $1 != --* ]]; do values+=("$1"); shift; done
+    elif [ $# -gt 0 ] && [[ $1 != --* ]]; then
+        values=("$1")
+        shift
+    fi
     case $flag in
-        -h | --help) usage; exit 0 ;;
-        --corpus) shift; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$1"); shift; done; continue ;;
-        --mixture | --data | --name | --run | --document_per | --text_field | --vocab_size | --max_length_tokens | --mask_sets | --ranks | --deepspeed_config)
-            [ $# -ge 2 ] || { echo "run_pretrain.sh: error: $1 needs a value" >&2; exit 2; }
-            printf -v "${flag#--}" %s "$2"; shift 2; continue ;;
-        --model | --model=*) has_model=yes ;;
+        corpus | mixture | data | name | run | document_per | text_field | vocab_size | max_length_tokens | mask_sets | ranks | master_port | deepspeed_config | model)
+            [ -n "${values[0]-}" ] || fail "--$flag needs a value" ;;
     esac
-    training_flags+=("$1"); shift
+    case $flag in
+        corpus) corpus+=("${values[@]}") ;;
+        document_per | text_field | vocab_size | max_length_tokens | mask_sets) making_flags+=("--$flag"); printf -v "$flag" %s "${values[0]}" ;;
+        mixture | data | name | run | ranks | master_port | deepspeed_config | model) printf -v "$flag" %s "${values[0]}" ;;
+        *) training_flags+=("$word"); [[ $word == *=* ]] || training_flags+=(${values[@]+"${values[@]}"}) ;;
+    esac
 done
+
 num_given=$(( (${#corpus[@]} > 0) + (${#mixture} > 0) + (${#data} > 0) ))
-[ $num_given -le 1 ] || { echo "run_pretrain.sh: error: give one of --corpus, --mixture and --data" >&2; exit 2; }
+[ $num_given -le 1 ] || fail "give one of --corpus, --mixture and --data"
 if [ $num_given = 0 ]; then
     [ $in_job = no ] && corpus=(sample_corpus) || data=data/pretrain
 fi
-texts=(--corpus "${corpus[@]}") given=${corpus[0]:-$data}
+for path in ${corpus[@]+"${corpus[@]}"}; do
+    [[ $path == *://* ]] || [ -e "$path" ] || fail "--corpus: $path: no such file or folder"
+done
+[ -z "$mixture" ] || [ -f "$mixture" ] || fail "--mixture: $mixture: no such file"
+if [ -n "$data" ]; then
+    [ ${#making_flags[@]} = 0 ] || fail "${making_flags[*]}: for making a data set of a text, and $data is one; give --corpus, or leave them out"
+    [ -f "$data/manifest.json" ] || fail "$data: no data set there; --corpus makes one of a text, and so does: python -m data_prep build"
+fi
+[ -f "$deepspeed_config" ] || fail "--deepspeed_config: $deepspeed_config: no such file; ds_configs/ has some"
+[[ $document_per =~ ^(file|blank_line)$ ]] || fail "--document_per is $document_per, expected file or blank_line"
+for flag in vocab_size max_length_tokens mask_sets ${ranks:+ranks} ${master_port:+master_port}; do
+    [[ ${!flag} =~ ^[1-9][0-9]{0,8}$ ]] || fail "--$flag is ${!flag}, expected a whole number of at least 1"
+done
+[ -z "$master_port" ] || [ "$master_port" -lt 65536 ] || fail "--master_port is $master_port, expected at most 65535"
+texts=(--corpus ${corpus[@]+"${corpus[@]}"}) given=${corpus[0]:-$data}
 [ -z "$mixture" ] || { texts=(--mixture "$mixture"); given=$mixture; }
 [ -n "$name" ] || { name=$(basename "$given"); name=${name%.*}; }
-if [ $has_model = no ]; then
-    [ $in_job = no ] && training_flags+=(--model tiny) || training_flags+=(--model base)
-fi
 
 started=$SECONDS
 ./setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
-gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-[ -n "$ranks" ] || ranks=${SLURM_NTASKS_PER_NODE-}
-[ -n "$ranks" ] || { [ "$gpus" -gt 0 ] && ranks=$gpus || ranks=2; }
-[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
+ranks=${ranks:-${SLURM_NTASKS_PER_NODE-}}
+ranks_and_accelerator=$(python -m pretrain.local_ranks --count ${ranks:+--ranks "$ranks"} ${master_port:+--master_port "$master_port"})
+read -r ranks accelerator <<<"$ranks_and_accelerator"
+[ "$accelerator" = cuda ] || export DS_ACCELERATOR=cpu
 
-if [ -z "$data" ]; then
-    data=data/$name
+make_data=no
+[ -n "$data" ] || { make_data=yes; data=data/$name; }
+run=${run:-runs/$name}
+training=(run_pretrain.py --deepspeed_config "$deepspeed_config" --data "$data" --run "$run" --model "$model")
+[ $in_job = yes ] || training+=(--validate_every_steps 100 --save_every_steps 100)
+training+=(${training_flags[@]+"${training_flags[@]}"})
+checking=(--check_for_ranks $((${SLURM_JOB_NUM_NODES:-1} * ranks)))
+[ $make_data = no ] || checking+=(--check_for_tokens "$max_length_tokens")
+python "${training[@]}" "${checking[@]}"
+
+if [ $make_data = yes ]; then
     reading=(--document_per "$document_per" --text_field "$text_field")
     tokenizer=data/$name-$vocab_size.model
     if [ ! -e "$tokenizer" ]; then
@@ -106,12 +146,8 @@ if [ -z "$data" ]; then
         --data "$data" --max_length_tokens "$max_length_tokens" --mask_sets "$mask_sets"
 fi
 
-run=${run:-runs/$name}
-training=(run_pretrain.py --deepspeed_config "$deepspeed_config" --data "$data" --run "$run")
 if [ $in_job = no ]; then
-    # --quiet: the launcher's own messages; each rank's log is in RUN/logs.
-    deepspeed --quiet --num_accelerators "$ranks" "${training[@]}" --validate_every_steps 100 --save_every_steps 100 \
-        "${training_flags[@]}"
+    python -m pretrain.local_ranks --ranks "$ranks" ${master_port:+--master_port "$master_port"} "${training[@]}"
     echo "done in $((SECONDS - started)) s"
     exit
 fi
@@ -121,11 +157,11 @@ newest_checkpoint() { compgen -G "$run/checkpoints/step*" | tail -n 1 || true; }
 # The address by which Slurm itself reaches the first node; ranks and port follow from Slurm's variables (pretrain/launchers.py).
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=$(scontrol show node "$first_node" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-export MASTER_ADDR
+export MASTER_ADDR ${master_port:+MASTER_PORT="$master_port"}
 before=$(newest_checkpoint) status=0
 # --cpu-bind=none: a rank's threads may use all cores of the node, not only one.
 srun --kill-on-bad-exit=1 --mpi=none --cpu-bind=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$ranks" \
-    --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) python "${training[@]}" "${training_flags[@]}" || status=$?
+    --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) python "${training[@]}" || status=$?
 
 finished=0
 python -m pretrain.status --run "$run" || finished=$?

@@ -1,9 +1,9 @@
 """python -m benchmarks.chaos: a small training, hit by faults at seeded random moments, beside the same one left in peace.
 
-Two CPU ranks train a tiny model in fp16 with dropout, a record a step and a checkpoint every few steps, on a small file
-system of their own. Each fault is followed by the same command. At the end every train record must have the bits of the
-uninterrupted run's. A second pair of runs, in fp32 without dropout, changes the number of ranks and the ZeRO stage, and
-is compared to rounding.
+Two CPU ranks train a tiny model in fp16 (if the CPU has it) with dropout, a record a step and a checkpoint every few steps,
+on a small file system of their own. Each fault is followed by the same command. At the end every train record must have the
+bits of the uninterrupted run's. A second pair of runs, in fp32 without dropout, changes the number of ranks, the ZeRO stage
+and the precision (to those that the CPU has), and is compared to rounding.
 
 Ranks are forked, by one process that has imported the libraries, and call what run_pretrain.py calls; where the launcher
 is to be killed, `deepspeed` starts them. Needs Linux, with the right to mount a tmpfs in a namespace of its own.
@@ -36,6 +36,7 @@ from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error,
 from data_prep.files import read_json, write_json
 from data_prep.parameters import BuildParameters
 from pretrain.checkpoint import checkpoints_folder, newest_whole
+from pretrain.device import Precision, speeds
 from pretrain.metrics import MEASURED, read_records
 from pretrain.watchdog import RETRY_STATUS
 
@@ -46,9 +47,23 @@ _STEPS_AFTER_START = (1, 7)
 _DISK = "48m"
 _PATIENCE_S = 240.0
 _SURVIVORS_LIMIT_S = 60.0
-_ROUNDING = 1e-3
+_ROUNDING = 5e-3
 _POLL_S = 0.01
-_LAYOUTS = ((2, 2), (1, 2), (3, 2), (2, 2), (2, 1), (2, 3), (2, 2))  # ranks, ZeRO stage
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a part of a run is trained."""
+
+    world_size: int = 2
+    stage: int = 2
+    precision: Precision = "fp32"
+
+
+def layouts(precisions: Sequence[Precision]) -> list[Layout]:
+    """Return the layouts that the run compared to rounding has, one after the other."""
+    moved = [Layout(), Layout(1), Layout(3), Layout(), Layout(stage=1), Layout(stage=3)]
+    return [*moved, *(Layout(precision=precision) for precision in precisions if precision != "fp32"), Layout()]
 
 
 # ---- what is promised of the records
@@ -99,7 +114,6 @@ class Run:
             "--log_every_steps", "1", "--validate_every_steps", "0", "--save_every_steps", str(SAVE_EVERY_STEPS),
             "--max_steps", str(steps),
         ]  # fmt: skip
-        self._precision = "fp16" if is_exact else "fp32"
         self._work = folder
         folder.mkdir(parents=True)
         self.console = folder / "console.txt"
@@ -110,14 +124,16 @@ class Run:
         self._launcher: subprocess.Popen[bytes] | None = None
         self._started = 0.0
 
-    def start(self, world_size: int = 2, stage: int = 2, *, by_launcher: bool = False) -> None:
+    def start(self, layout: Layout, *, by_launcher: bool = False) -> None:
         """Start all ranks."""
-        config = self._work / f"stage{stage}.json"
+        world_size = layout.world_size
+        config = self._work / f"stage{layout.stage}.json"
         values = read_json(Path("ds_configs/zero2_local.json"))
         values["train_batch_size"] = BATCH
-        values["zero_optimization"] |= {"stage": stage}
+        values["zero_optimization"] |= {"stage": layout.stage}
         values["scheduler"]["params"]["total_num_steps"] = self._steps
-        values["fp16"] |= {"enabled": self._precision == "fp16", "loss_scale_window": 40}
+        values["fp16"] |= {"enabled": layout.precision == "fp16", "loss_scale_window": 40}
+        values["bf16"] = {"enabled": layout.precision == "bf16"}
         config.write_text(json.dumps(values))
         flags = ["--deepspeed_config", str(config), *self._flags]
         self._started = time.time()
@@ -196,9 +212,9 @@ class Run:
         """The end of what it said."""
         return " | ".join(self.console.read_text(errors="replace").splitlines()[-4:])
 
-    def finish(self) -> None:
+    def finish(self, layout: Layout) -> None:
         """Train to the end."""
-        self.start()
+        self.start(layout)
         for _ in _awake_seconds(10 * _PATIENCE_S):
             if not self.is_alive():
                 break
@@ -274,7 +290,7 @@ TRUNCATED, FLIPPED, MISSING = (
     "file of the newest missing",
 )
 DISK_FULL = "disk full, then kill -9"
-RANKS_CHANGED, STAGE_CHANGED = "other number of ranks", "other ZeRO stage"
+RANKS_CHANGED, STAGE_CHANGED, PRECISION_CHANGED = "other number of ranks", "other ZeRO stage", "other precision"
 KINDS = (
     RANK, ALL, RANK_SAVING, ALL_SAVING, STARTING, LAUNCHER, TERM, USR1, INTERRUPT, TRUNCATED, FLIPPED, MISSING, DISK_FULL,
 )  # fmt: skip
@@ -292,6 +308,13 @@ def settle(faults: Sequence[Fault]) -> None:
             after.step = min(after.step, after.resumed_step)
 
 
+def change(here: Layout, there: Layout) -> str:
+    """Return the kind of fault that a resume in another layout is."""
+    if here.world_size != there.world_size:
+        return RANKS_CHANGED
+    return STAGE_CHANGED if here.stage != there.stage else PRECISION_CHANGED
+
+
 class Chaos:
     """Hits a run, a fault at a time."""
 
@@ -300,11 +323,11 @@ class Chaos:
         self.faults: list[Fault] = []
         self._expected_step = 0
 
-    def hit(self, kind: str, world_size: int = 2, stage: int = 2) -> None:
+    def hit(self, kind: str, layout: Layout) -> None:
         """Start the run, wait for the moment, do it, and see what is left."""
         run, fault = self._run, Fault(kind)
         try:
-            run.start(world_size, stage, by_launcher=kind == LAUNCHER)
+            run.start(layout, by_launcher=kind == LAUNCHER)
             if kind == STARTING:
                 time.sleep(self._draws.uniform(0, 3))
                 self._note_resumed(is_needed=False)
@@ -327,9 +350,9 @@ class Chaos:
                 self._expected_step = run.newest_whole_step()
         self.faults.append(fault)
 
-    def finish(self) -> None:
-        """The last start."""
-        self._run.finish()
+    def finish(self, layout: Layout) -> None:
+        """Start for the last time, and train to the end."""
+        self._run.finish(layout)
         self._note_resumed(is_needed=True)
 
     def _note_resumed(self, *, is_needed: bool) -> None:
@@ -446,7 +469,7 @@ def main() -> int:
     """Entry point; returns the exit status."""
     parser = ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
     parser.add_argument(
-        "--faults", type=int, default=60, help="number of faults, changes of ranks and stage among them"
+        "--faults", type=int, default=60, help="number of faults, changes of ranks, stage and precision among them"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the kinds' order and of the moments")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the JSON")
@@ -473,17 +496,19 @@ def _on_a_small_disk() -> int:
 
 
 def _run(args: Any) -> int:
-    if args.faults < len(KINDS) + len(_LAYOUTS):
-        raise ValueError(f"--faults {args.faults}, expected at least {len(KINDS) + len(_LAYOUTS)}, one of each kind")
+    precisions = speeds().precisions
+    moved = layouts(precisions)
+    if args.faults < len(KINDS) + len(moved):
+        raise ValueError(f"--faults {args.faults}, expected at least {len(KINDS) + len(moved)}, one of each kind")
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     multiprocessing.set_start_method("forkserver")
     multiprocessing.set_forkserver_preload(["pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
     draws = random.Random(args.seed)
-    num_exact = args.faults - (len(_LAYOUTS) - 1)
+    num_exact = args.faults - (len(moved) - 1)
     kinds = [KINDS[i % len(KINDS)] for i in range(num_exact)]
     draws.shuffle(kinds)
-    steps, rounded_steps = _STEPS_PER_FAULT * num_exact, 8 * len(_LAYOUTS)
+    steps, rounded_steps = _STEPS_PER_FAULT * num_exact, 8 * len(moved)
     faults: list[Fault] = []
     broken: list[str] = []
     started = time.time()
@@ -495,25 +520,22 @@ def _run(args: Any) -> int:
         data = make_data(corpus, tokenizer.path, work / "set", parameters)
         for is_exact, total in ((True, steps), (False, rounded_steps)):
             name = "exact" if is_exact else "rounded"
+            usual = Layout(precision=precisions[0] if "fp16" not in precisions else "fp16") if is_exact else Layout()
             reference = Run(work / f"{name}-in-peace", args.disk, data, total, is_exact=is_exact)
-            reference.finish()
+            reference.finish(usual)
             bar.update()
             run = Run(work / name, args.disk, data, total, is_exact=is_exact)
             chaos = Chaos(run, draws)
-            plan: list[tuple[str, dict[str, int]]] = [(kind, {}) for kind in kinds]
+            plan = [(kind, usual) for kind in kinds]
             if not is_exact:
-                layouts = [{"world_size": ranks, "stage": stage} for ranks, stage in _LAYOUTS]
-                plan = [
-                    (RANKS_CHANGED if here["world_size"] != there["world_size"] else STAGE_CHANGED, here)
-                    for here, there in pairwise(layouts)
-                ]
+                plan = [(change(here, there), here) for here, there in pairwise(moved)]
             for kind, layout in plan:
-                chaos.hit(kind, **layout)
+                chaos.hit(kind, layout)
                 for line in chaos.faults[-1].broken:
                     bar.write(f"{kind}, at step {chaos.faults[-1].step}: {line}", file=sys.stderr)
                 bar.update()
             try:
-                chaos.finish()
+                chaos.finish(usual)
             except Broken as error:
                 broken.append(f"{name} run: {error}")
             records = [read_records(r.folder) for r in (reference, run)]
@@ -539,7 +561,9 @@ def table(faults: Sequence[Fault]) -> list[str]:
     """Of each kind: number, how many were resumed from, steps done again and seconds until all were gone."""
     lines = ["| fault | number | resumed | steps done again, mean | s until all processes were gone, mean (max) |"]
     lines.append("|---|---:|---:|---:|---:|")
-    for kind in dict.fromkeys(sorted((f.kind for f in faults), key=[*KINDS, RANKS_CHANGED, STAGE_CHANGED].index)):
+    for kind in dict.fromkeys(
+        sorted((f.kind for f in faults), key=[*KINDS, RANKS_CHANGED, STAGE_CHANGED, PRECISION_CHANGED].index)
+    ):
         of_kind = [f for f in faults if f.kind == kind]
         resumed = [f for f in of_kind if f.resumed_step >= 0 and not f.broken]
         again = sum(f.steps_done_again for f in resumed) / max(1, len(resumed))

@@ -28,7 +28,8 @@ import transformers
 
 from data_prep.console import ArgumentParser, available_cores, progress_bar, run_command
 from data_prep.files import write_whole
-from finetune.search import Rules, Search, SearchSettings
+from finetune.search import Search
+from finetune.search_settings import Rules, SearchSettings
 from pretrain.layout import PSEUDO, Layout, seq2seq_layout
 from pretrain.model import PMLM, PMLMConfig
 

@@ -35,11 +35,13 @@ from data_prep.corpus import find_sources, read_documents
 from data_prep.files import write_whole
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import micro_batches
-from finetune.classifier import Classifier, Inputs, Target, make_inputs
-from finetune.optimizer import WholeState
+from finetune.classify_data import Inputs, Target, make_inputs
+from finetune.classify_model import Classifier
+from finetune.optimizer import WholeState, parameter_groups
 from finetune.processes import Processes
 from finetune.tables import read_table
-from finetune.trainer import TrainSettings, parameter_groups
+from finetune.tokens import TokenListsBuilder
+from finetune.trainer import TrainSettings
 from pretrain.model import PMLM, PMLMConfig
 
 OURS, BERT, GROUPED = "ours", "BERT", "grouped"
@@ -68,7 +70,8 @@ class Ours:
             PMLM(setting.config), tokenizer, Target(labels), max_length_tokens, Processes(), 0
         )
         model = self._classifier.model
-        groups = parameter_groups(model, TrainSettings())
+        settings = TrainSettings()
+        groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
         self._optimizer = WholeState(model, self, groups, Processes(), "fp32", _MAX_NORM)
 
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
@@ -85,8 +88,9 @@ class Ours:
     def predict(self, samples: np.ndarray) -> np.ndarray:
         """Outputs, [B, C]."""
         self._classifier.model.eval()
-        some = Inputs([self._inputs.ids[i] for i in samples], [self._inputs.segments[i] for i in samples], 0)
-        return self._classifier.outputs(some)
+        some = TokenListsBuilder(self._setting.config.vocab_size)
+        some.add([self._inputs.ids[i] for i in samples])
+        return self._classifier.outputs(Inputs(some.build(), self._inputs.num_first[samples]))
 
 
 class Bert:
@@ -100,7 +104,7 @@ class Bert:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=_LEARNING_RATE, fused=True)
 
     def _padded(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(self._inputs.ids[i]) for i in samples]
+        ids = [torch.from_numpy(self._inputs.ids[i].astype(np.int64)) for i in samples]
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad(ids, batch_first=True, padding_value=self._padding_id),
@@ -198,7 +202,7 @@ def _run(args: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = make_tokenizer([args.corpus], folder / "tokenizer.model", args.vocab_size)
-        inputs = make_inputs(tokenizer, texts[: args.num_texts], None, args.max_length_tokens)
+        inputs = make_inputs(tokenizer, [(text,) for text in texts[: args.num_texts]], args.max_length_tokens)
         config = PMLMConfig(
             args.vocab_size, args.num_layers, max_positions=args.max_length_tokens, dropout=args.dropout
         )

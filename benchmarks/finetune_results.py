@@ -1,6 +1,6 @@
 """python -m benchmarks.finetune_results: weights of BERT's architecture, fine-tuned here and with transformers alone.
 
-Opened by finetune.weights and trained by finetune.classify, against transformers' BertForSequenceClassification, on film reviews: same
+Opened by finetune.weights and trained by `finetune classify`, against transformers' BertForSequenceClassification, on film reviews: same
 samples, order, batches, steps, learning rates and seeds. The data is what `python -m benchmarks.corpora vader-movies --output
 data/corpora` makes. The weights of the best epoch in validation are tested. What is trained already is not trained again. Writes
 results.json and results.md.
@@ -18,16 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.study.tasks import Classification, Sizes
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, write_json, write_whole
 from finetune.batches import epoch_order, prediction_batches
-from finetune.classifier import Classifier
-from finetune.classify import ColumnSettings, Data, DataSettings, Labelled, read_data, train
+from finetune.classify import train
+from finetune.classify_data import ColumnSettings, Data, DataSettings, Labelled, read_data, read_labelled
+from finetune.classify_model import Classifier
 from finetune.runs import StartSettings
-from finetune.tables import read_table
 from finetune.trainer import MODEL, TrainSettings, learning_rate_factor
 
 _FILMS = "vader-movies"
@@ -35,9 +36,9 @@ _ALL = 10**6
 RESULT = "test.json"
 
 
-def tested(test: Labelled, predicted: Sequence[Any]) -> dict[str, Any]:
-    """The accuracy, and of each sample whether it is right, a digit."""
-    is_right = [a == b for a, b in zip(test.labels, predicted, strict=True)]
+def tested(labels: Sequence[str], predicted: Sequence[Any]) -> dict[str, Any]:
+    """Return the accuracy, and of each sample whether it is right, a digit."""
+    is_right = [a == b for a, b in zip(labels, predicted, strict=True)]
     return {"test": statistics.fmean(is_right), "right": "".join(str(int(right)) for right in is_right)}
 
 
@@ -59,10 +60,14 @@ def once(folder: Path, settings: dict[str, Any], make: Callable[[], dict[str, An
 
 
 def train_here(weights: Path, run: Path, data: Data, test: Labelled, settings: TrainSettings, max_length_tokens: int) -> dict[str, Any]:  # fmt: skip
-    """As `python -m finetune.classify train` does."""
+    """Train as `python -m finetune classify` does."""
     summary = train(StartSettings(weights, run, max_length_tokens=max_length_tokens), settings, data)
-    predicted = Classifier.load(run).predict(test.texts, test.pairs)
-    return {**tested(test, predicted), "validation": summary["validation"]["accuracy"]}
+    predicted = Classifier.load(run).predict(_texts(test))
+    return {**tested(test.names(data.target), predicted), "validation": summary["validation"]["accuracy"]}
+
+
+def _texts(part: Labelled) -> list[str]:
+    return [text for (text,) in part.texts()]
 
 
 # ---- transformers
@@ -75,9 +80,8 @@ def train_there(
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(weights)
-    labels = {label: place for place, label in enumerate(data.target.labels)}
     torch.manual_seed(settings.seed)
-    model = transformers.BertForSequenceClassification.from_pretrained(weights, num_labels=len(labels))
+    model = transformers.BertForSequenceClassification.from_pretrained(weights, num_labels=len(data.target.labels))
     decaying = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -85,33 +89,33 @@ def train_there(
         lr=settings.learning_rate, fused=True,
     )  # fmt: skip
 
-    def batch_of(part: Labelled, places: list[int]) -> Any:
-        pairs = part.pairs
+    def batch_of(texts: list[str], places: list[int]) -> Any:
         return tokenizer(
-            [part.texts[i] for i in places], [pairs[i] for i in places] if pairs else None, padding=True, truncation=True,
-            max_length=max_length_tokens, return_tensors="pt",
+            [texts[i] for i in places], padding=True, truncation=True, max_length=max_length_tokens, return_tensors="pt"
         )  # fmt: skip
 
-    def predict(part: Labelled) -> list[str]:
-        found = [""] * len(part.texts)
-        lengths = [len(text) for text in part.texts]
+    def predict(texts: list[str]) -> list[str]:
+        found = [""] * len(texts)
+        lengths = [len(text) for text in texts]
         with torch.no_grad():
             for places in prediction_batches(lengths):
-                best = model(**batch_of(part, places.tolist())).logits.argmax(dim=1).tolist()
+                best = model(**batch_of(texts, places.tolist())).logits.argmax(dim=1).tolist()
                 for place, label in zip(places, best, strict=True):
                     found[place] = data.target.labels[label]
         return found
 
-    num_samples, best_state, best_accuracy = len(data.train.texts), model.state_dict(), -math.inf
+    texts, (validation,) = _texts(data.train), data.validation.values()
+    of_validation, validated = _texts(validation), validation.names(data.target)
+    num_samples, best_state, best_accuracy = len(texts), model.state_dict(), -math.inf
     steps_per_epoch = -(-num_samples // settings.batch_size)
-    num_steps, validation = steps_per_epoch * settings.epochs, data.validation[""]
-    targets = [labels[label] for label in data.train.labels]
+    num_steps = steps_per_epoch * settings.epochs
+    targets = data.train.labels.tolist()
     for step in range(num_steps):
         epoch, place = divmod(step, steps_per_epoch)
         order = epoch_order(settings.seed, epoch, num_samples)
         batch = order[place * settings.batch_size : (place + 1) * settings.batch_size].tolist()
         model.train()
-        model(**batch_of(data.train, batch), labels=torch.tensor([targets[i] for i in batch])).loss.backward()
+        model(**batch_of(texts, batch), labels=torch.tensor([targets[i] for i in batch])).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_gradient_norm)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor(step, num_steps, settings.warmup)
@@ -119,13 +123,13 @@ def train_there(
         optimizer.zero_grad()
         if place == steps_per_epoch - 1:
             model.eval()
-            found = tested(validation, predict(validation))["test"]
+            found = tested(validated, predict(of_validation))["test"]
             if found > best_accuracy:
                 best_accuracy, best_state = found, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_state)
     model.eval()
     model.save_pretrained(run / MODEL)
-    return {**tested(test, predict(test)), "validation": best_accuracy}
+    return {**tested(test.names(data.target), predict(_texts(test))), "validation": best_accuracy}
 
 
 # ---- the program
@@ -156,8 +160,9 @@ def _run(args: Any) -> None:
     columns = ColumnSettings()
     films = Classification(_FILMS, "", Sizes(args.num_train, _ALL, args.num_test), {}, columns)
     files = films.prepare(args.corpora, args.output / _FILMS)
-    data = read_data(DataSettings(train_file=files.train, validation_file=files.validation), columns)
-    test = Labelled(read_table(files.test, [*columns.texts, "label"]), 1)
+    reading = DataSettings(train_file=files.train, validation_file=files.validation)
+    data = read_data(reading, columns)
+    test, _ = read_labelled(files.test, reading, columns, data.target)
     rows = list(_measure(args, data, test))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     write_json(args.output / "results.json", {"settings": settings, "rows": rows})
@@ -182,7 +187,7 @@ def _measure(args: Any, data: Data, test: Labelled) -> Iterator[dict[str, Any]]:
             found.append(once(run, known, partial(make, args.bert, run, data, test, settings, args.max_length_tokens)))
             shown = ", ".join(f"{key} {value:.4g}" for key, value in found[-1].items() if key != "right")
             print(f"{name}, seed {seed}: {shown}", file=sys.stderr, flush=True)
-        counts = [test.labels.count(label) for label in data.target.labels]
+        counts = np.bincount(test.labels, minlength=len(data.target.labels)).tolist()
         yield {
             "model": name, "num_train": len(data.train.labels), "num_test": len(test.labels),
             "majority": max(counts) / sum(counts), "runs": found,

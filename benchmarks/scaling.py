@@ -72,12 +72,13 @@ def _rank(rank: int, args: dict[str, Any], out: Path) -> None:
     import torch
     from torch import distributed
 
+    from pretrain.distributed import join_ranks
     from pretrain.ds_config import DeepSpeedConfig
-    from pretrain.engine import Engine, init_distributed
+    from pretrain.engine import Engine
     from pretrain.model import PMLM
 
     torch.set_num_threads(1)
-    init_distributed()
+    join_ranks()
     torch.set_num_threads(1)
     world_size, micro_batch, accumulation = (
         distributed.get_world_size(),

@@ -33,9 +33,8 @@ from data_prep.corpus import find_sources, read_documents
 from data_prep.files import write_whole
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import epoch_order, micro_batches
-from finetune.model import Seq2SeqModel
-from finetune.pairs import Examples, PairColumns, Pairs, make_examples, read_pairs
-from finetune.seq2seq_model import Seq2SeqSettings
+from finetune.seq2seq_data import Examples, Pair, PairColumns, Pairs, Seq2SeqSettings, make_examples, read_pairs
+from finetune.seq2seq_model import Seq2SeqModel
 from pretrain.layout import Layout
 from pretrain.model import PMLM, PMLMConfig
 
@@ -60,7 +59,8 @@ def sample_pairs(corpus: Path) -> Pairs:
     paragraphs = [line for document in read_documents(find_sources([corpus])) for line in document.lines]
     long = [text for text in paragraphs if _MIN_WORDS <= len(text.split()) <= _MAX_WORDS]
     targets = [re.split(r"(?<=[.!?;])\s+", text)[0] for text in long]
-    return Pairs(corpus, [(text,) for text in long], [*targets], lambda i: f"{corpus}: paragraph {i}")
+    pairs = [Pair(lambda: str(corpus), (text,), target) for text, target in zip(long, targets, strict=True)]
+    return Pairs(corpus, lambda: pairs, lambda: "")
 
 
 def make_layouts(examples: Examples, setting: Setting, mask_id: int) -> list[Layout]:

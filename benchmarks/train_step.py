@@ -42,6 +42,7 @@ from data_prep.console import ArgumentParser, available_cores, progress_bar, run
 from data_prep.files import write_whole
 from data_prep.shards import SampleBatch
 from pretrain.attention import RelativePositionBias, relative_position_bucket
+from pretrain.device import speeds
 from pretrain.dropout import Dropout
 from pretrain.flops import step_flops
 from pretrain.layout import PADDING_TURN, Layout, Objective, pseudo_masked_layout, visible
@@ -285,8 +286,7 @@ def main() -> int:
 
 def _run(args: Any) -> None:
     _prepare(torch.get_num_threads())
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    precisions = args.precision or (["fp32", "bf16"] if has_bf16 else ["fp32"])
+    precisions = args.precision or [name for name in ("fp32", "bf16") if name in speeds().precisions]
     names = [OURS, BERT, DENSE, SEPARATE, *([COMPILED] if args.compile else [])]
     settings = [
         Setting(layers, length, max(1, args.batch_tokens // length), precision, dropout, args.vocab_size)

@@ -109,12 +109,13 @@ def _rank(
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
+    from pretrain.distributed import join_ranks
     from pretrain.ds_config import DeepSpeedConfig
-    from pretrain.engine import Engine, init_distributed, parameter_groups
+    from pretrain.engine import Engine, parameter_groups
     from pretrain.layout import Objective, pseudo_masked_layout
     from pretrain.model import PMLM, PMLMConfig
 
-    init_distributed()
+    join_ranks()
     samples = batch[slice(rank, None, WORLD_SIZE)]
     layout = pseudo_masked_layout(samples, Objective.AE_PAR, mask_id=mask_id)
 

@@ -33,7 +33,7 @@ from data_prep.import_tokenizer import import_tokenizer
 from data_prep.line_sample import LineSample
 from data_prep.mixture import Corpus, Mixture, epochs_of, read_mixture, sources_of
 from data_prep.parameters import BuildParameters
-from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
+from data_prep.processes import PROCESSES_PER_CORE, LocalProcesses, MPIProcesses, Processes, launched_by_mpi
 from data_prep.recipe import read_recipe
 from data_prep.remask import REMASKED, remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
@@ -41,6 +41,7 @@ from data_prep.stats import Measured
 from data_prep.stats import measure as measure_data_set
 from data_prep.stats_figure import draw
 from data_prep.stats_summary import describe, summarize
+from data_prep.storage import location
 from data_prep.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, ROLE_PIECES, train_tokenizer
 
 _T = TypeVar("_T")
@@ -70,8 +71,8 @@ def make_parser() -> ArgumentParser:
 
     def takes_corpus(sub: ArgumentParser) -> None:
         texts = sub.add_mutually_exclusive_group(required=True)
-        texts.add_argument("--corpus", type=Path, nargs="+", metavar="PATH",
-                           help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
+        texts.add_argument("--corpus", nargs="+", metavar="PATH",
+                           help=f"text files ({EXPECTED_NAMES}), folders of them, or globs; also s3://, hf:// or https://")  # fmt: skip
         texts.add_argument("--mixture", type=Path, metavar="YAML",
                            help="file that names several corpora and how often training sees each; docs/data.md shows one")  # fmt: skip
         add_flags(sub, ReadSettings)
@@ -85,8 +86,8 @@ def make_parser() -> ArgumentParser:
 
     def takes_workers(sub: ArgumentParser) -> None:
         sub.add_argument("--workers", type=int, metavar="N",
-                         help="processes on this machine (default: its cores); under mpirun or srun the ranks do the work. "
-                              "The bytes do not depend on it")  # fmt: skip
+                         help="processes on this machine (default: its cores; never more than two a core, nor than there is work); "
+                              "under mpirun or srun rank 0 conducts and the other ranks work. The bytes do not depend on it")  # fmt: skip
 
     sub = command("train-tokenizer", _train_tokenizer, "Train a SentencePiece tokenizer on a corpus.")
     takes_corpus(sub)
@@ -162,7 +163,7 @@ def _from_flags(cls: type[_T], args: Any) -> _T:
 
 def _mixture(args: Any) -> Mixture:
     reading = _from_flags(ReadSettings, args)
-    return read_mixture(args.mixture, reading) if args.mixture else [Corpus(args.corpus, reading)]
+    return read_mixture(args.mixture, reading) if args.mixture else [Corpus([*map(location, args.corpus)], reading)]
 
 
 def _train_tokenizer(args: Any) -> None:
@@ -261,14 +262,21 @@ def _with_processes(args: Any, work: Callable[[Processes], _T], tell: Callable[[
         raise ValueError("--workers is for one machine; under MPI the ranks do the work: leave it out")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
+    most = PROCESSES_PER_CORE * available_cores()
+    if args.workers is not None and args.workers > most:
+        print(
+            f"note: --workers {args.workers}: {most} are started at most, {PROCESSES_PER_CORE} for each core of this machine",
+            file=sys.stderr,
+        )
     with (
         MPIProcesses(shows_progress=True)
         if is_mpi
         else LocalProcesses(args.workers or available_cores(), shows_progress=True)
     ) as processes:
+        if processes is None:  # a rank that was to work, and has
+            return
         result = work(processes)
-    if processes.is_main:
-        tell(result)
+    tell(result)
 
 
 def _tell_what_was_built(folder: Path, made: bool) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import difflib
 import inspect
 import io
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -26,7 +28,7 @@ BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help; `--mask-sets` and `--mask_sets` are the same flag."""
+    """argparse with defaults in the help and one line an error; `--mask-sets` and `--mask_sets` are the same flag."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _HelpFormatter)
@@ -36,6 +38,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_underscored(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and which flag may have been meant, in one line, and end with status 2."""
+        unknown = re.search(r"^unrecognized arguments: (--[^ =]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        self.exit(USER_ERROR_STATUS, f"{self.prog}: error: {message}{hint}; all flags: --help\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         is_read = _stdout_is_read()  # else the interpreter would complain when it ends

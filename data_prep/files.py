@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,11 +91,37 @@ def _hash_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; ValueError names the file and the line that is not JSON."""
+class NotJSON(ValueError):
+    """A text that is no JSON, or none that can be read; says why, but not in which file."""
+
+    def __init__(self, reason: str, line: int = 1) -> None:
+        super().__init__(reason)
+        self.line = line
+        """Line of the text, from 1."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text, in which NaN and Infinity may stand for numbers as Python writes them.
+
+    Raises UnicodeDecodeError for bytes that are not UTF-8, and NotJSON for everything else that cannot be read.
+    """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(text)
+    except UnicodeDecodeError:
+        raise
+    except json.JSONDecodeError as error:
+        raise NotJSON(f"not valid JSON ({error.msg} at character {error.colno})", error.lineno) from None
+    except RecursionError:
+        raise NotJSON("not valid JSON (lists or objects in one another, more than can be read)") from None
+    except ValueError:  # Python's own limit, which keeps a text from taking hours
+        raise NotJSON(f"not valid JSON (an integer of more than {sys.get_int_max_str_digits()} digits)") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file. Raises ValueError that names the file, and the line that is not JSON."""
+    try:
+        return parse_json(path.read_bytes())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno}: not valid JSON ({error.msg})") from None
+    except NotJSON as error:
+        raise ValueError(f"{path}: line {error.line}: {error}") from None

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from data_prep.corpus import DEFAULT_READING, DocumentPer, ReadSettings, Source, find_sources
+from data_prep.storage import Location, Url, location
 
 MAX_EPOCHS = 10_000
 MAX_SAMPLES = 2**48
@@ -24,7 +25,7 @@ MAX_SAMPLES = 2**48
 class Corpus:
     """Texts that are read in one way, and how often training sees them."""
 
-    paths: Sequence[Path]
+    paths: Sequence[Location]
     reading: ReadSettings = DEFAULT_READING
     name: str = "corpus"
     epochs: Fraction = Fraction(1)
@@ -173,7 +174,8 @@ def _corpus(entry: dict[str, Any], folder: Path, reading: ReadSettings) -> Corpu
     paths = [entry["paths"]] if isinstance(entry["paths"], str) else entry["paths"]
     own = {field.name: entry[field.name] for field in fields(ReadSettings) if field.name in entry}
     often = {key: Fraction(str(entry[key])) for key in ("epochs", "weight") if key in entry}
-    return Corpus([folder / path for path in paths], replace(reading, **own), entry["name"], **often)
+    places = [place if isinstance(place, Url) else folder / place for place in map(location, paths)]
+    return Corpus(places, replace(reading, **own), entry["name"], **often)
 
 
 def _faults(entries: list[dict[str, Any]]) -> Iterator[str]:

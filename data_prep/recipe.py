@@ -20,7 +20,9 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Batch size and steps of a DeepSpeed JSON. Raises FileNotFoundError, or ValueError for a key that is missing or bad."""
     if not path.is_file():
-        raise FileNotFoundError(2, "no such DeepSpeed configuration; ds_configs/ has some", str(path))
+        raise FileNotFoundError(
+            2, "no such DeepSpeed configuration (this program's folder ds_configs has some)", str(path)
+        )
     values = read_json(path)
     faults = []
 

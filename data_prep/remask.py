@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.build import WORK, describe_masking, draw_mask_sets, is_made, number_of_sample
 from data_prep.files import read_json, sha256_of_file, write_json, write_whole
+from data_prep.inputs import copy_source_list
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LOGS, Processes
 from data_prep.progress import Stage, Work
@@ -33,25 +34,22 @@ def remask(source: Path, folder: Path, changes: dict[str, Any], processes: Proce
         "parameters": data.parameters | asdict(parameters),
         "remasked_from": {"sha256": sha256_of_file(manifest_path(source))},
     }
-    if processes.on_main(lambda: is_made(folder, made_from)):
+    if is_made(folder, made_from):
         return False
     work = folder / WORK
     processes.prepare(_set_up, source, folder, parameters, log_folder=folder / LOGS)
     shards = [(split, index) for split in SPLITS for index in range(len(data.manifest["splits"][split]))]
     entries = {(split, index): work / f"{_name(data, split, index)}.json" for split, index in shards}
-    todo = processes.on_main(lambda: [(*shard, entry) for shard, entry in entries.items() if not entry.exists()])
+    todo = [(*shard, entry) for shard, entry in entries.items() if not entry.exists()]
     total = sum(data.num_samples(split) for split in SPLITS)
     todo_samples = sum(data.manifest["splits"][split][index]["num_samples"] for split, index, _ in todo)
     processes.run(_remask_shard, todo, Stage("draw masks", total, "sample", total - todo_samples))
-
-    def declare_whole() -> None:
-        splits = {split: [read_json(entries[s, i]) for s, i in shards if s == split] for split in SPLITS}
-        write_whole(folder / data.tokenizer.path.name, data.tokenizer.path.read_bytes())
-        content = {key: value for key, value in data.manifest.items() if key not in ("format", "version")}
-        write_data_manifest(folder, {**content, **made_from, **describe_masking(parameters), "splits": splits})
-        shutil.rmtree(work)
-
-    processes.on_main(declare_whole)
+    splits = {split: [read_json(entries[s, i]) for s, i in shards if s == split] for split in SPLITS}
+    write_whole(folder / data.tokenizer.path.name, data.tokenizer.path.read_bytes())
+    copy_source_list(source, folder)
+    content = {key: value for key, value in data.manifest.items() if key not in ("format", "version")}
+    write_data_manifest(folder, {**content, **made_from, **describe_masking(parameters), "splits": splits})
+    shutil.rmtree(work)
     return True
 
 

@@ -43,7 +43,7 @@ def measure(
     *,
     max_hashes: int = MAX_HASHES,
 ) -> Measured:
-    """Read all samples, a shard a task. Every process of `processes` calls this; the main process has the result.
+    """Read all samples, a shard a task.
 
     Raises ValueError for a damaged shard, or a data set made before data_prep counted its text.
     """

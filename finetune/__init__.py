@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.answerer import Answerer as Answerer
-    from finetune.classifier import Classifier as Classifier
-    from finetune.writer import Writer as Writer
+    from finetune.answer_model import Answerer as Answerer
+    from finetune.classify_model import Classifier as Classifier
+    from finetune.seq2seq_model import Writer as Writer
 
 __all__ = ["Answerer", "Classifier", "Writer"]
+_MODULES = {"Answerer": "answer_model", "Classifier": "classify_model", "Writer": "seq2seq_model"}
 
 
 def __getattr__(name: str) -> Any:
-    """These, loaded at their first use: `python -m finetune.convert` has no need of them."""
+    """Return one of these, loaded at its first use."""
     import importlib
 
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"finetune.{name.lower()}"), name)
+    return getattr(importlib.import_module(f"finetune.{_MODULES[name]}"), name)

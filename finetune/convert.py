@@ -1,30 +1,39 @@
-"""python -m finetune.convert: a pre-trained model from one form to another; nothing of it changes.
+"""Convert a model from one form to another; nothing of it changes.
 
     pmlm           our export, which fine-tuning opens, as does every other form here
     unilm          the released UniLMv2's names: pytorch_model.bin (or model.safetensors), config.json, vocab.txt
-    huggingface    a folder for transformers, with its code and a fast tokenizer
+    huggingface    a folder for transformers, with its code, a fast tokenizer and a model card
 
---input takes each of them, a run's folder, a checkpoint, and BERT's weights.
+--input takes each of them, a run's folder, a checkpoint, and BERT's weights. Fine-tuned models go to huggingface, with their output
+layers and labels.
 """
 
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
-from data_prep.console import ArgumentParser, add_flags, flag_values, run_command
+from data_prep.console import ArgumentParser, add_flags
 from data_prep.files import write_json, write_whole
 from data_prep.tokenizer import WordPiece
+from finetune.answer_model import Answerer, SpanClassifier
+from finetune.classify_model import Classifier, SequenceClassifier
 from finetune.fast_tokenizer import is_lowercase
 from finetune.huggingface import unilm_config, write_huggingface
-from finetune.weights import read_pretrained, with_head
+from finetune.model import model_folder
+from finetune.model_card import Purpose, classification, question_answering, writing
+from finetune.processes import Processes
+from finetune.runs import from_flags, say
+from finetune.seq2seq_model import load_seq2seq
+from finetune.trainer import MODEL, read_result
+from finetune.weights import fine_tuned_kind, read_pretrained, with_head
 from pretrain.export import CONFIG, TIED, WEIGHTS, StoredModel, refuse_existing, unfinished_folder, write_export
 
 Form = Literal["pmlm", "unilm", "huggingface"]
@@ -56,6 +65,11 @@ def convert(settings: ConvertSettings) -> tuple[str, ...]:
     Raises ValueError or OSError for an input that does not fit, and for an output that exists.
     """
     refuse_existing(settings.output)
+    if (kind := fine_tuned_kind(settings.input)) is not None and settings.to == "huggingface":
+        if settings.tokenizer is not None:
+            raise ValueError(f"--tokenizer: {settings.input} has its own tokenizer; leave the flag out")
+        write_huggingface(settings.output, *read_fine_tuned(settings.input, kind))
+        return ()
     stored, notes = read_pretrained(settings.input, tokenizer=settings.tokenizer)
     stored = with_head(stored)
     stored.load()  # refuses what does not fit
@@ -65,6 +79,35 @@ def convert(settings: ConvertSettings) -> tuple[str, ...]:
     }  # fmt: skip
     write[settings.to](settings.output, stored)
     return notes
+
+
+def read_fine_tuned(path: Path, kind: str) -> tuple[StoredModel, Purpose]:
+    """Return a fine-tuned model with its output layers, named as transformers' BERT names them, and what it is for.
+
+    A regressor's output layer is scaled, so that it gives numbers as `predict` does. Raises ValueError or OSError for a damaged one.
+    """
+    folder = model_folder(path)
+    result = read_result(folder.parent) if folder.name == MODEL else None
+    metrics = {k: v for k, v in (result["best"] if result else {}).items() if k not in ("step", "epoch", "score")}
+    model: nn.Module
+    if kind == SequenceClassifier.kind:
+        classifier = Classifier.load(path, Processes())
+        model, tokenizer, target = classifier.model, classifier.tokenizer, classifier.target
+        with torch.no_grad():
+            model.classifier.weight *= target.scale
+            model.classifier.bias.copy_(model.classifier.bias * target.scale + target.mean)
+        purpose = classification(target.labels, classifier.is_of_pairs, classifier.max_length_tokens, metrics)
+    elif kind == SpanClassifier.kind:
+        answerer = Answerer.load(path, Processes())
+        model, tokenizer = answerer.model, answerer.tokenizer
+        purpose = question_answering(
+            answerer.threshold, answerer.settings.max_answer_tokens, answerer.max_length_tokens, metrics
+        )
+    else:
+        model, tokenizer, task = load_seq2seq(path)
+        purpose = writing(task.search(), task.max_source_tokens, metrics)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return StoredModel(folder, model.config, weights, tokenizer), purpose
 
 
 def write_unilm(output: Path, stored: StoredModel, *, safetensors: bool = False) -> None:
@@ -89,20 +132,15 @@ def write_unilm(output: Path, stored: StoredModel, *, safetensors: bool = False)
         write_json(folder / CONFIG, unilm_config(stored, tokenizer.file_name))
 
 
-def main() -> int:
-    """Entry point; returns the exit status."""
-    parser = ArgumentParser(prog="python -m finetune.convert", description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `python -m finetune convert`."""
     add_flags(parser, ConvertSettings)
-    args = parser.parse_args()
-
-    def command() -> None:
-        settings = ConvertSettings(**flag_values(args, ("input", "output", "to", "tokenizer", "safetensors")))
-        for note in convert(settings):
-            print(note, file=sys.stderr)
-        print(f"{settings.output}: written")
-
-    return run_command(command, parser.prog)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: Any, processes: Processes) -> None:
+    """Run `python -m finetune convert`."""
+    if not processes.is_first:
+        return
+    settings = from_flags(args, ConvertSettings)
+    say(processes, *convert(settings))
+    print(f"{settings.output}: written")

@@ -1,12 +1,12 @@
-"""python -m finetune.generate: write targets for sources, with a model that `python -m finetune.seq2seq` trained.
+"""Write targets for sources, with a model that `python -m finetune seq2seq` trained.
 
 From a file: a JSON line {"text": ..., "score": ...} for each source, in their order.
 
     OUTPUT                   with --num_best above 1 also the others: "n_best"
-    OUTPUT.settings.json     settings, and hashes of model, tokenizer and input; `python -m finetune.score` takes it along
+    OUTPUT.settings.json     settings, and hashes of model, tokenizer and input; `python -m finetune score` takes it along
     OUTPUT.traces.jsonl      with --traces: all that the searches followed, for --rerank
 
-The same command goes on with what was interrupted. Under `torchrun --nproc_per_node N -m finetune.generate ...` the processes share
+The same command continues what was interrupted. Under `torchrun --nproc_per_node N -m finetune generate ...` the processes share
 the work, and the files are the same.
 """
 
@@ -14,21 +14,32 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import add_flags, flag_values, progress_bar
-from data_prep.files import named, read_json, sha256_of_file, sync_directory, unfinished_file, write_json
+from data_prep.console import ArgumentParser, add_flags, flag_values, progress_bar
+from data_prep.files import (
+    NotJSON,
+    named,
+    parse_json,
+    read_json,
+    sha256_of_file,
+    sync_directory,
+    unfinished_file,
+    write_json,
+)
+from finetune.identity import refuse_other
 from finetune.model import model_folder
-from finetune.pairs import PairColumns, Pairs, are_filled, make_sources, read_pairs
 from finetune.processes import Processes
-from finetune.runs import command_parser, run_with_processes, say
-from finetune.score import made_by_file, read_lines
-from finetune.search import Found, SearchSettings, Trace, decode, refuse_impossible, stream
-from finetune.writer import Writer
+from finetune.runs import say
+from finetune.score import made_by_file
+from finetune.search import decode, stream
+from finetune.search_settings import Found, SearchSettings, Trace, refuse_impossible
+from finetune.seq2seq_data import Pair, PairColumns, Pairs, make_sources, read_pairs
+from finetune.seq2seq_model import Writer
+from finetune.tables import text_lines
 from pretrain.export import WEIGHTS
 
 _CHUNK = 512  # sources; part of the result, as batches are made of each
@@ -47,28 +58,25 @@ def write_file(
     if with_traces and writer.search.sampling:
         raise ValueError("--traces is for searches; draws with --sampling have none")
     pairs = read_sources(source, column, writer.task.question_generation)
-    is_filled = are_filled(pairs)
-    try:
-        ids, num_cut = make_sources(writer.tokenizer, pairs.sources, writer.task)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    refuse_impossible(writer.model, writer.search, max(map(len, ids)))
+    examples = make_sources(writer.tokenizer, pairs, writer.task)
+    ids, is_filled = examples.sources, examples.is_filled
+    refuse_impossible(writer.model, writer.search, int(ids.lengths.max()))
     line = f"{source}: {len(ids):,} sources"
-    if any(num_cut):
-        line += f"; {sum(map(bool, num_cut)):,} are cut to the model's {writer.task.max_source_tokens} tokens"
+    if examples.num_cut_sources:
+        line += f"; {examples.num_cut_sources:,} are cut to the model's {writer.task.max_source_tokens} tokens"
     say(processes, line)
-    if not all(is_filled):
-        say(processes, f"warning: {source}: {is_filled.count(False):,} sources are empty, and so is what is written for them "
-            f"(the first: {pairs.where(is_filled.index(False))})")  # fmt: skip
+    if not is_filled.all():
+        say(processes, f"warning: {source}: {int((~is_filled).sum()):,} sources are empty, and so is what is written for them "
+            f"(the first: {examples.first_empty})")  # fmt: skip
     identity = {
         "search": asdict(writer.search), "batch_size": batch_size, "traces": with_traces,
         "model_sha256": sha256_of_file(model_folder(folder) / WEIGHTS),
         "tokenizer_sha256": writer.tokenizer.sha256,
-        "input": {"file": source.name, "sha256": sha256_of_file(source), "sources": len(ids)},
+        "files": {"input": pairs.sha256}, "sources": len(ids),
     }  # fmt: skip
     results = _Results(output, identity, _CHUNK, processes)
     if results.is_done:
-        say(processes, f"{output}: is whole already, of the same settings")
+        say(processes, f"{output}: is complete already, of the same settings")
         return
     bar = progress_bar("writing", len(ids), "source", initial=results.num_done, is_shown=processes.is_first)
     with bar:
@@ -81,7 +89,7 @@ def write_file(
                 if turn + processes.rank < len(batches):
                     batch = batches[turn + processes.rank]
                     found = decode(
-                        writer.model, writer.rules, [ids[place] for place in batch], writer.search, samples=batch,
+                        writer.model, writer.rules, [ids[place].tolist() for place in batch], writer.search, samples=batch,
                         batch_size=batch_size, with_traces=with_traces,
                     )  # fmt: skip
                     mine.update(zip(batch, found, strict=True))
@@ -104,15 +112,21 @@ def write_file(
 
 
 def read_sources(path: Path, column: str, question_generation: bool) -> Pairs:
-    """Sources alone; of a .txt, a line each."""
-    if path.suffix == ".txt" and not question_generation:
-        lines = read_lines(path, column)
-        if not lines:
+    """Return the sources in a file; of a .txt, a line each. Raises ValueError or OSError, see `read_pairs`."""
+    if path.suffix != ".txt" or question_generation:
+        return read_pairs(
+            path, PairColumns(source_column=column), question_generation=question_generation, needs_targets=False
+        )
+
+    def sources() -> Iterator[Pair]:
+        is_empty = True
+        for line, text in text_lines(path):
+            is_empty = False
+            yield Pair(lambda line=line: f"{path}: line {line}", (text,))  # type: ignore[misc]
+        if is_empty:
             raise ValueError(f"{path}: is empty; expected a source a line")
-        return Pairs(path, [(line,) for line in lines], [], lambda place: f"{path}: line {place + 1}")
-    return read_pairs(
-        path, PairColumns(source_column=column), question_generation=question_generation, needs_targets=False
-    )
+
+    return Pairs(path, sources, lambda: sha256_of_file(path))
 
 
 class _Results:
@@ -128,9 +142,10 @@ class _Results:
         self.is_done = output.exists()
         self.num_done = 0
         if self.is_done:
-            _refuse_other(output, read_json(made_by_file(output)) if made_by_file(output).exists() else None, identity)
+            found = read_json(made_by_file(output)) if made_by_file(output).exists() else None
+            refuse_other(output, found, identity, "output")
         elif self._partial_identity.exists():
-            _refuse_other(self._partial_identity, read_json(self._partial_identity), identity)
+            refuse_other(self._partial_identity, read_json(self._partial_identity), identity, "output")
             whole = [_num_lines(path) // chunk * chunk for path in self._partial]
             self.num_done = min(whole)
         processes.wait()  # all have looked
@@ -155,25 +170,6 @@ class _Results:
             os.replace(partial, path)
         self._partial_identity.unlink()
         sync_directory(self._output.parent)
-
-
-def _refuse_other(path: Path, found: Any, identity: dict[str, Any]) -> None:
-    if found == identity:
-        return
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: exists; choose another --output or remove it")
-    theirs, ours = (dict(_flat(value)) for value in (found, identity))
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    differences = ", ".join(f"{name} {theirs.get(name)!r} instead of {ours.get(name)!r}" for name in names)
-    raise ValueError(f"{path}: was made with {differences}; choose another --output, or remove it")
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, one in value.items():
-        if isinstance(one, dict):
-            yield from _flat(one, f"{prefix}{name}.")
-        else:
-            yield prefix + name, one
 
 
 def _num_lines(path: Path) -> int:
@@ -216,16 +212,18 @@ def rerank(folder: Path, traces: Path, output: Path, changes: dict[str, Any]) ->
     ):
         for num_texts, line in enumerate(lines, start=1):
             try:
-                found = Trace(**json.loads(line)).hypotheses(writer.search, writer.rules.eos_id)
-            except (TypeError, ValueError, LookupError):
-                raise ValueError(f"{traces}: line {num_texts}: not a line that --traces writes") from None
+                found = Trace(**parse_json(line)).hypotheses(writer.search, writer.rules.eos_id)
+            except (NotJSON, TypeError, ValueError, LookupError):
+                raise ValueError(
+                    f"{traces}: line {num_texts}: not a line that --traces writes; write the traces again with --traces"
+                ) from None
             file.write(json.dumps(writer.record(found), ensure_ascii=False) + "\n")
     write_json(made_by_file(output), {**identity, "search": asdict(writer.search), "reranked": traces.name})
     return num_texts
 
 
 def _print_stream(writer: Writer, parts: Sequence[str]) -> None:
-    (ids,), _ = make_sources(writer.tokenizer, [tuple(parts)], writer.task)
+    (ids,) = writer.ids([tuple(parts)])
     tokens: list[int] = []
     shown = ""
     for token in stream(writer.model, writer.rules, ids, writer.search):
@@ -237,8 +235,36 @@ def _print_stream(writer: Writer, parts: Sequence[str]) -> None:
     print()
 
 
-def command(args: Any, processes: Processes) -> None:
-    """What main does. Raises ValueError or OSError, naming the flag or file."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `python -m finetune generate`."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        default=Path("runs/seq2seq"),
+        help="what `python -m finetune seq2seq` wrote",
+    )
+    parser.add_argument(
+        "--input", type=Path, metavar="PATH", help="sources: .jsonl, .tsv, .csv or .parquet, or .txt with one a line"
+    )
+    parser.add_argument("--output", type=Path, metavar="PATH", help="file to write, a JSON object a line")
+    parser.add_argument(
+        "--text", metavar="TEXT", nargs="+", help="one source, given here; for question generation paragraph and answer"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="with --text: one beam, and tokens are printed as they come"
+    )
+    parser.add_argument("--rerank", type=Path, metavar="PATH",
+                        help="traces: rank again, with another --length_penalty or --num_best")  # fmt: skip
+    parser.add_argument("--traces", action="store_true",
+                        help="with --input: also write OUTPUT.traces.jsonl; searches go on to the length limit then")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sources computed at once")
+    add_flags(parser, PairColumns, only=["source_column"])
+    add_flags(parser, SearchSettings, optional=True)
+
+
+def run(args: Any, processes: Processes) -> None:
+    """Run `python -m finetune generate`. Raises ValueError or OSError, naming the flag or file."""
     names = [field.name for field in fields(SearchSettings)]
     changes = {name: value for name, value in flag_values(args, names).items() if value is not None}
     if sum(x is not None for x in (args.input, args.text, args.rerank)) != 1:
@@ -267,38 +293,6 @@ def command(args: Any, processes: Processes) -> None:
     if args.stream:
         _print_stream(writer, args.text)
         return
-    ids, _ = make_sources(writer.tokenizer, [tuple(args.text)], writer.task)
-    for hypothesis in decode(writer.model, writer.rules, ids, writer.search)[0].hypotheses:
+    for hypothesis in decode(writer.model, writer.rules, writer.ids([tuple(args.text)]), writer.search)[0].hypotheses:
         score = f"{hypothesis.score:.4f}\t" if writer.search.num_best > 1 else ""
         print(f"{score}{writer.tokenizer.decode(hypothesis.tokens)}")
-
-
-def main() -> int:
-    """Entry point; returns the exit status."""
-    parser = command_parser("python -m finetune.generate", __doc__)
-    parser.add_argument(
-        "--model", type=Path, default=Path("runs/seq2seq"), help="what `python -m finetune.seq2seq` wrote"
-    )
-    parser.add_argument(
-        "--input", type=Path, metavar="PATH", help="sources: .jsonl, .tsv, .csv or .parquet, or .txt with one a line"
-    )
-    parser.add_argument("--output", type=Path, metavar="PATH", help="file to write, a JSON object a line")
-    parser.add_argument(
-        "--text", metavar="TEXT", nargs="+", help="one source, given here; for question generation paragraph and answer"
-    )
-    parser.add_argument(
-        "--stream", action="store_true", help="with --text: one beam, and tokens are printed as they come"
-    )
-    parser.add_argument("--rerank", type=Path, metavar="PATH",
-                        help="traces: rank again, with another --length_penalty or --num_best")  # fmt: skip
-    parser.add_argument("--traces", action="store_true",
-                        help="with --input: also write OUTPUT.traces.jsonl; searches go on to the length limit then")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sources computed at once")
-    add_flags(parser, PairColumns, only=["source_column"])
-    add_flags(parser, SearchSettings, optional=True)
-    args = parser.parse_args()
-    return run_with_processes(lambda processes: command(args, processes), parser.prog)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

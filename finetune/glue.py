@@ -24,15 +24,24 @@ class GlueTask:
     """Files, with the suffix of their metrics' names."""
     test: tuple[tuple[str, str], ...] = ()
     """Files, with the name of the prediction file."""
-    is_regression: bool = False
+    labels: tuple[str, ...] = ("0", "1")
+    """The classes; none where numbers are predicted."""
     numbered: tuple[int, int] | None = None
-    """Where train.tsv and dev.tsv have no header: the columns of text and label."""
+    """If train.tsv and dev.tsv have no header: the columns of text and label."""
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether numbers are predicted."""
+        return not self.labels
 
     def test_columns(self, file: str) -> list[str]:
         """Text and pair of a test file."""
         if file == "diagnostic.tsv":
             return ["sentence1", "sentence2"]
         return [self.text] if self.pair is None else [self.text, self.pair]
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
 
 
 def _test(name: str) -> tuple[tuple[str, str], ...]:
@@ -44,20 +53,20 @@ GLUE: dict[str, GlueTask] = {
     "sst-2": GlueTask("sentence", None, "label", test=_test("SST-2")),
     "mrpc": GlueTask("#1 String", "#2 String", "Quality", ("accuracy", "f1"), test=_test("MRPC")),
     "sts-b": GlueTask(
-        "sentence1", "sentence2", "score", ("pearson", "spearman"), test=_test("STS-B"), is_regression=True
+        "sentence1", "sentence2", "score", ("pearson", "spearman"), test=_test("STS-B"), labels=()
     ),
     "qqp": GlueTask("question1", "question2", "is_duplicate", ("accuracy", "f1"), test=_test("QQP")),
     "mnli": GlueTask(
-        "sentence1", "sentence2", "gold_label",
+        "sentence1", "sentence2", "gold_label", labels=("contradiction", "entailment", "neutral"),
         validation=(("_matched", "dev_matched.tsv"), ("_mismatched", "dev_mismatched.tsv")),
         test=(("test_matched.tsv", "MNLI-m.tsv"), ("test_mismatched.tsv", "MNLI-mm.tsv"), ("diagnostic.tsv", "AX.tsv")),
     ),
-    "qnli": GlueTask("question", "sentence", "label", test=_test("QNLI")),
-    "rte": GlueTask("sentence1", "sentence2", "label", test=_test("RTE")),
+    "qnli": GlueTask("question", "sentence", "label", test=_test("QNLI"), labels=_ENTAILMENT),
+    "rte": GlueTask("sentence1", "sentence2", "label", test=_test("RTE"), labels=_ENTAILMENT),
     "wnli": GlueTask("sentence1", "sentence2", "label", test=_test("WNLI")),
 }  # fmt: skip
-BROKEN = "qqp"
-"""The task whose own train.tsv has some rows with too few fields."""
+SKIPPING = "qqp"
+"""The task whose own train.tsv has some rows that are broken."""
 
 
 def write_leaderboard_file(path: Path, predictions: Sequence[str] | Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
     FOLDER/config.json, model.safetensors                 named as in the released UniLMv2 checkpoints
     FOLDER/generation_config.json                         how targets are decoded
+    FOLDER/README.md                                      the model card
     FOLDER/modeling_pmlm.py                               the code, so that the folder loads without this repository
     FOLDER/tokenizer.json, tokenizer_config.json          transformers' fast tokenizer
     FOLDER/tokenizer.model or pmlm_tokenizer.json         the tokenizer it was made of, for the way back
@@ -19,10 +20,12 @@ from safetensors.torch import save
 from data_prep.files import write_json, write_whole
 from data_prep.tokenizer import SentencePiece, Tokenizer
 from finetune.fast_tokenizer import fast_tokenizer, tokenizer_config
+from finetune.model_card import Purpose, masked_lm, model_card
+from finetune.search_settings import SearchSettings
 from finetune.weights import CONFIG_NAMES, FIXED_CONFIG, ORIGIN, with_head
 from pretrain.export import CONFIG, WEIGHTS, StoredModel, unfinished_folder
 
-MODEL_TYPE, GENERATION_CONFIG = "pmlm", "generation_config.json"
+MODEL_TYPE, GENERATION_CONFIG, MODEL_CARD = "pmlm", "generation_config.json", "README.md"
 _CODE = Path(__file__).with_name("modeling_pmlm.py")
 _AUTO_CLASSES = {
     "AutoConfig": "PMLMConfig", "AutoModel": "PMLMModel", "AutoModelForMaskedLM": "PMLMForMaskedLM",
@@ -31,12 +34,22 @@ _AUTO_CLASSES = {
 }  # fmt: skip
 
 
-def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """How transformers is to decode, so that it does as finetune/search.py: what is in no target, and an exact stopping rule."""
+def generation_config(tokenizer: Tokenizer, search: SearchSettings, max_positions: int) -> dict[str, Any]:
+    """Return how transformers is to decode, so that it does as finetune/search.py; modeling_pmlm.py adds an exact stopping rule.
+
+    The released code's length penalty, words that may repeat and forbidden words have no counterpart there, and are not written.
+    """
     never = sorted({tokenizer.pad_id, tokenizer.sos_id, tokenizer.mask_id} - {tokenizer.eos_id})
+    given = {
+        "num_beams": search.num_beams, "no_repeat_ngram_size": search.no_repeat_ngram,
+        "min_new_tokens": search.min_length_tokens,
+        "length_penalty": 1.0 if search.released_length_penalty else search.length_penalty,
+    }  # fmt: skip
+    theirs = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "length_penalty": 1.0}
     return {
         "decoder_start_token_id": tokenizer.sos_id, "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.sos_id,
-        "eos_token_id": tokenizer.eos_id, "suppress_tokens": never, "early_stopping": "never",
+        "eos_token_id": tokenizer.eos_id, "suppress_tokens": never, "max_new_tokens": min(search.max_length_tokens, max_positions // 2),
+        **{name: value for name, value in given.items() if value != theirs[name]},
     }  # fmt: skip
 
 
@@ -50,26 +63,35 @@ def unilm_config(stored: StoredModel, tokenizer_file: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_huggingface(output: Path, stored: StoredModel) -> None:
-    """Write the folder `output`, whole. Raises ValueError where it exists or the tokenizer cannot be converted."""
-    stored, tokenizer = with_head(stored), stored.tokenizer
+def write_huggingface(output: Path, stored: StoredModel, purpose: Purpose | None = None) -> None:
+    """Write the folder `output`, whole; `purpose` is a fine-tuned model's, whose output layers are among the weights.
+
+    Raises ValueError where it exists or the tokenizer cannot be converted.
+    """
+    if purpose is None:
+        stored, purpose = with_head(stored), masked_lm()
+    tokenizer = stored.tokenizer
+    longest = min(purpose.max_length_tokens or stored.config.max_positions, stored.config.max_positions)
     original = tokenizer.file_name if isinstance(tokenizer, SentencePiece) else f"pmlm_{tokenizer.file_name}"
     fast = fast_tokenizer(tokenizer)
     weights = {name: tensor.contiguous() for name, tensor in stored.weights.items()}
     with unfinished_folder(output) as folder:
         write_whole(folder / original, tokenizer.path.read_bytes())
         write_whole(folder / "tokenizer.json", fast.to_str().encode())
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, stored.config.max_positions))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, longest))
         write_whole(folder / _CODE.name, _CODE.read_bytes())
         write_whole(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
         write_json(folder / CONFIG, {
-            "model_type": MODEL_TYPE, "architectures": ["PMLMForMaskedLM"],
+            "model_type": MODEL_TYPE, "architectures": [purpose.architecture],
             "auto_map": {auto: f"{_CODE.stem}.{name}" for auto, name in _AUTO_CLASSES.items()},
             **unilm_config(stored, original),
             "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.sos_id, "eos_token_id": tokenizer.eos_id,
-            "mask_token_id": tokenizer.mask_id,
+            "mask_token_id": tokenizer.mask_id, **purpose.config,
         })  # fmt: skip
-        write_json(folder / GENERATION_CONFIG, generation_config(tokenizer))
+        write_json(
+            folder / GENERATION_CONFIG, generation_config(tokenizer, purpose.search, stored.config.max_positions)
+        )
+        write_whole(folder / MODEL_CARD, model_card(purpose, output.name, stored.origin).encode())
 
 
 def register() -> None:

@@ -89,15 +89,11 @@ class _Embeddings(nn.Module):
         self,
         vectors_BLH: torch.Tensor,
         token_type_ids_BL: torch.Tensor | None,
-        positions_BL: torch.Tensor | None = None,
+        positions_BL: torch.Tensor,
     ) -> torch.Tensor:
-        """`vectors_BLH`: the word embeddings; positions are 0, 1, 2 ... by default."""
-        length, table = vectors_BLH.shape[1], self.position_embeddings.weight
-        if positions_BL is None:
-            positions_BL = torch.arange(length, device=vectors_BLH.device)[None]
-        else:
-            length = int(positions_BL.max()) + 1
-        if length > len(table):
+        """`vectors_BLH`: the word embeddings."""
+        table = self.position_embeddings.weight
+        if (length := int(positions_BL.max()) + 1) > len(table):
             raise ValueError(f"a text has {length} tokens, and the model {len(table)} positions; truncate it")
         if token_type_ids_BL is None:
             token_type_ids_BL = torch.zeros(vectors_BLH.shape[:2], dtype=torch.long, device=vectors_BLH.device)
@@ -204,12 +200,13 @@ class _Encoder(nn.Module):
             states.append(layer(states[-1], bias_BALL))
         return states
 
-    def bias(self, attention_mask_BL: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def bias(
+        self, attention_mask_BL: torch.Tensor | None, positions_BL: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
         """Of reading: every token sees every token of its text that is not masked out."""
         bias = None
         if self.rel_pos_bias is not None:
-            places_1L = torch.arange(length, device=self.rel_pos_bias.weight.device)[None]
-            bias = self.rel_pos_bias(places_1L, places_1L).to(dtype)
+            bias = self.rel_pos_bias(positions_BL, positions_BL).to(dtype)
         if attention_mask_BL is None:
             return bias
         hidden_B11L = (attention_mask_BL == 0)[:, None, None, :]
@@ -247,6 +244,13 @@ class _Predictions(nn.Module):
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.transform(vectors)) + self.bias  # type: ignore[no-any-return]
 
+    def replace_decoder(self, decoder: nn.Linear) -> None:
+        """Take another output embedding, perhaps of more or fewer tokens."""
+        self.decoder = decoder
+        num_more = len(decoder.weight) - len(self.bias)
+        if num_more:
+            self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, num_more)), requires_grad=self.bias.requires_grad)
+
 
 class _Heads(nn.Module):
     def __init__(self, config: PMLMConfig) -> None:
@@ -262,6 +266,8 @@ class PMLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_sdpa = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"pooler\."]  # which classification alone has
     _no_split_modules: ClassVar[list[str]] = ["_Layer"]
+    accepts_loss_kwargs = False
+    """transformers' Trainer is to divide losses by the accumulation steps itself."""
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding, _RelativePositionBias)):
@@ -298,18 +304,25 @@ class PMLMModel(PMLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> Any:
-        """`attention_mask` is 0 where padding is, [B, L]; `token_type_ids` 0 in the first segment and 1 in the second."""
+        """`attention_mask` is 0 where padding is, [B, L]; `token_type_ids` 0 in the first segment and 1 in the second; `position_ids`
+        are 0, 1, 2 ... by default, and also decide the relative position bias. Raises ValueError for what has no effect here.
+        """
+        _refuse_unused(self.config, output_attentions, others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, expected [texts, tokens]")
         vectors = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = self.embeddings(vectors, token_type_ids)
-        states = self.encoder(hidden, self.encoder.bias(attention_mask, hidden.shape[1], hidden.dtype))
+        if position_ids is None:
+            position_ids = torch.arange(vectors.shape[1], device=vectors.device)[None]
+        hidden = self.embeddings(vectors, token_type_ids, position_ids)
+        states = self.encoder(hidden, self.encoder.bias(attention_mask, position_ids, hidden.dtype))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
@@ -317,6 +330,14 @@ class PMLMModel(PMLMPreTrainedModel):
             hidden_states=tuple(states) if wanted else None,
         )
         return output.to_tuple() if _as_tuple(self, return_dict) else output
+
+
+def _refuse_unused(config: PMLMConfig, output_attentions: bool | None, others: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of a forward pass that would have no effect."""
+    if getattr(config, "output_attentions", False) if output_attentions is None else output_attentions:
+        raise ValueError("output_attentions: attention probabilities are not kept here; leave it out")
+    if unused := [name for name, value in others.items() if value is not None and value is not False]:
+        raise ValueError(f"{', '.join(unused)}: has no effect in this model; leave it out")
 
 
 def _as_tuple(model: PreTrainedModel, return_dict: bool | None) -> bool:
@@ -341,8 +362,8 @@ class PMLMForMaskedLM(PMLMPreTrainedModel):
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output embedding."""
-        self.cls.predictions.decoder = value
+        """Replace the output embedding; added tokens get a bias of 0."""
+        self.cls.predictions.replace_decoder(value)
 
     def forward(
         self,
@@ -445,9 +466,10 @@ class _SourceEncoder:
 
     def forward(
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None, **_: Any,
+        inputs_embeds: torch.Tensor | None = None, output_attentions: bool | None = None, **_: Any,
     ) -> Any:  # fmt: skip
-        """All of a source is of the first segment."""
+        """All of a source is of the first segment; what `generate` gives besides is not needed."""
+        _refuse_unused(self._bert.config, output_attentions, {})
         encoded = self._bert(
             input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=True, return_dict=True
         )
@@ -482,8 +504,19 @@ class PMLMForConditionalGeneration(PMLMPreTrainedModel, GenerationMixin):  # typ
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output embedding."""
-        self.cls.predictions.decoder = value
+        """Replace the output embedding; added tokens get a bias of 0."""
+        self.cls.predictions.replace_decoder(value)
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, **settings: Any
+    ) -> torch.Tensor | Any:
+        """Write targets, see GenerationMixin; beam search ends only when no hypothesis can become better, as ours."""
+        num_beams = settings.get("num_beams") or (generation_config or self.generation_config).num_beams or 1
+        if num_beams > 1:
+            settings.setdefault("early_stopping", "never")
+        elif generation_config is None:
+            settings.setdefault("length_penalty", 1.0)  # which greedy search has not
+        return super().generate(inputs, generation_config, **settings)
 
     def get_encoder(self, modality: str | None = None) -> Any:
         """What reads sources."""
@@ -499,14 +532,17 @@ class PMLMForConditionalGeneration(PMLMPreTrainedModel, GenerationMixin):  # typ
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         token_type_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> Any:
         """Logits [B, T, vocabulary] of the token behind each decoder token. `attention_mask` is the source's, padded behind;
         `token_type_ids` are what tokenizers give, and of no effect: all of a source is of the first segment.
+        Raises ValueError for what else has no effect here.
 
         With `labels`, decoder tokens are by default those before them; labels of -100 do not count.
         """
+        _refuse_unused(self.config, output_attentions, others)
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
         if decoder_input_ids is None:

@@ -18,9 +18,11 @@ from safetensors import safe_open
 from torch import nn
 
 from finetune.processes import Processes
+from pretrain.device import Precision, agreed_precision, speeds
+from pretrain.distributed import join_ranks
 from pretrain.ds_config import DeepSpeedConfig
+from pretrain.model import has_weight_decay
 
-Precision = Literal["fp32", "bf16", "fp16"]
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NORM_ELEMENTS = 1 << 16
@@ -33,6 +35,20 @@ class Loss(Protocol):
 
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """The samples' losses, added up."""
+
+
+PrecisionFlag = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def check_precision(flag: PrecisionFlag) -> None:
+    """Raise ValueError if this device does not compute fast in the precision that the flag names."""
+    if flag != "auto" and (fault := speeds().missing(flag)):
+        raise ValueError(f"--precision {flag}: {fault}")
+
+
+def decide_precision(flag: PrecisionFlag, processes: Processes) -> Precision:
+    """Return the flag's precision, or, for `auto`, the fastest that all processes' devices have."""
+    return agreed_precision(processes.gather(speeds()), ("fp16", "bf16", "fp32"), None) if flag == "auto" else flag
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -175,7 +191,7 @@ class _Saved:
         self._stored = safe_open(file, "pt")
         facts = self._stored.metadata()
         self.loss_scaler: dict[str, Any] = json.loads(facts.get("deepspeed_loss_scale", "{}"))
-        self.counters: dict[str, Any] = {"step": int(facts["num_updates"])}
+        self.num_updates = int(facts["num_updates"])
 
     def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         """See Partitions."""
@@ -190,9 +206,9 @@ class PartedState:
     def __init__(
         self, model: nn.Module, task: Loss, groups: list[dict[str, Any]], processes: Processes, config: DeepSpeedConfig
     ) -> None:  # fmt: skip
-        from pretrain.engine import Engine, init_distributed  # here, because DeepSpeed takes seconds to import
+        from pretrain.engine import Engine  # here, because DeepSpeed takes seconds to import
 
-        init_distributed()
+        join_ranks()
         self._model, self._processes = model, processes
         self._engine = Engine(_LossModule(model, task), config, groups)
         self._scales = [group["scale"] for group in groups]
@@ -250,6 +266,26 @@ class PartedState:
     def close(self) -> None:
         """See Optimizer."""
         self._engine.release()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Return a group for each depth, with and without weight decay; `scale` is what the depth multiplies the learning rate by.
+
+    The embeddings and the relative bias, which all layers share, lie below the first layer, the new output above the last.
+    """
+    num_layers = len(model.bert.encoder.layer)  # type: ignore[union-attr, arg-type]
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        depth = 0 if words[1] in ("embeddings", "encoder") else num_layers + 1
+        depth = int(words[3]) + 1 if words[1:3] == ["encoder", "layer"] else depth
+        decays = has_weight_decay(name, parameter)
+        group = groups.setdefault((depth, decays), {
+            "params": [], "weight_decay": weight_decay if decays else 0.0,
+            "scale": layer_decay ** (num_layers + 1 - depth),
+        })  # fmt: skip
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def deepspeed_config(path: Path, decided: Mapping[str, Any], world_size: int) -> DeepSpeedConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from pretrain.device import device_kind
 from pretrain.launchers import find_place, take_place
 
 _CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def join_processes() -> Processes:
     """
     place = find_place()
     torch.set_flush_denormal(True)
-    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", place.local_rank) if device_kind() == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.world_size > 1 and not distributed.is_initialized():

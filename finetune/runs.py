@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, add_flags, flag_values, run_command, tell_error
-from data_prep.files import sha256_of_file, write_json
+from data_prep.files import write_json
 from finetune.model import SUMMARY
+from finetune.optimizer import check_precision
 from finetune.processes import Processes, have_told, is_told, join_processes, leave_processes
 from finetune.trainer import MODEL, Task, Trainer, TrainSettings
 from finetune.weights import Pretrained, load_pretrained
@@ -59,11 +58,13 @@ class StartSettings:
             raise ValueError(f"--seeds {self.seeds}: expected at least 1")
 
 
-def command_parser(prog: str, description: str | None) -> ArgumentParser:
-    """For a command that a launcher may start."""
-    parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher, not used")
-    return parser
+_S = TypeVar("_S")
+
+
+def from_flags(args: Any, cls: type[_S]) -> _S:
+    """Return the settings that the flags of a dataclass's fields say. Raises ValueError for what they may not be."""
+    names = [field.name for field in fields(cls) if field.name in args]  # type: ignore[arg-type]
+    return cls(**flag_values(args, names))
 
 
 def add_train_flags(parser: ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
@@ -75,8 +76,8 @@ def add_train_flags(parser: ArgumentParser, without: Sequence[str] = (), **defau
 
 def settings_of(args: Any) -> tuple[StartSettings, TrainSettings]:
     """What the flags say. Raises ValueError for what they may not be."""
-    start = StartSettings(**flag_values(args, [field.name for field in fields(StartSettings) if field.name in args]))
-    train = TrainSettings(**flag_values(args, [field.name for field in fields(TrainSettings)]))
+    start, train = from_flags(args, StartSettings), from_flags(args, TrainSettings)
+    check_precision(train.precision)
     if start.grid:
         for name, values in GRID.items():
             default = next(field.default for field in fields(TrainSettings) if field.name == name)
@@ -101,17 +102,6 @@ def load_start(start: StartSettings, processes: Processes) -> Pretrained:
     return pretrained
 
 
-def fingerprint(
-    model: nn.Module, files: Sequence[Path], pooler: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, Any]:
-    """Hashes of weights and files, which a run that goes on must share."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted({**dict(model.named_parameters()), **(pooler or {})}.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
-    return {"weights_sha256": digest.hexdigest(), "files": {file.name: sha256_of_file(file) for file in files}}
-
-
 def train_all(
     start: StartSettings, settings: TrainSettings, pretrained: PMLM, identity: dict[str, Any], processes: Processes,
     make_task: Callable[[PMLM, TrainSettings], tuple[nn.Module, Task]],
@@ -121,13 +111,12 @@ def train_all(
     `make_task` gets a model of its own each time. Of a grid, only the best model is kept.
     """
     output, runs = start.output, list[dict[str, Any]]()
-    identity = {**identity, "dropout": pretrained.config.dropout}
 
     def train(name: str, chosen: TrainSettings) -> dict[str, Any]:
         model, task = make_task(copy.deepcopy(pretrained), chosen)
         found = Trainer(model, task, chosen, output / name, processes, identity).train()
         run = {"name": name, **{key: getattr(chosen, key) for key in (*GRID, "seed")}, "validation": found}
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in found.items() if key not in ("step", "epoch"))
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in found.items() if key not in ("step", "epoch", "score"))
         say(processes, f"{output / name}: {shown} (best of step {found['step']})")
         return run
 
@@ -160,7 +149,7 @@ def train_all(
         summary["standard_deviation"] = {name: statistics.stdev(values) for name, values in columns.items()}
         say(processes, *(
             f"{name}: mean {summary['mean'][name]:.4f}, standard deviation {summary['standard_deviation'][name]:.4f} "
-            f"of {len(of_seeds)} seeds" for name in names
+            f"of {len(of_seeds)} seeds" for name in names if name != "score"
         ))  # fmt: skip
     if processes.is_first:
         write_json(output / SUMMARY, summary)

@@ -1,22 +1,23 @@
-"""python -m finetune.score: how like their references the texts are that a model wrote.
+"""Score texts that a model wrote, against references.
 
-ROUGE-1, ROUGE-2, ROUGE-L (F1, mean over the texts; rouge-score), BLEU and chrF (of the whole; sacrebleu) and exact match, all in
+ROUGE-1, ROUGE-2, ROUGE-L (F1, mean over the texts; rouge-score), BLEU and chrF (of the corpus; sacrebleu) and exact match, all in
 percent. What changes a score, tokenisation and options, is printed and stored with it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import ArgumentParser, run_command
+from data_prep.console import ArgumentParser
 from data_prep.files import read_json, sha256_of_file, write_json
-from finetune.pairs import QUESTION_TARGET, is_lines
+from finetune.model import refuse_one_text
+from finetune.processes import Processes
+from finetune.seq2seq_data import QUESTION_TARGET, is_lines
 from finetune.squad import read_squad
-from finetune.tables import read_table
+from finetune.tables import read_table, text_lines
 
 ROUGE = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
 
@@ -38,7 +39,7 @@ def text_scores(
 def rouge_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """ROUGE alone, see `text_scores`."""
+    """Return ROUGE only, see `text_scores`."""
     from rouge_score.rouge_scorer import RougeScorer  # here, because it takes its time to import
 
     _refuse_unequal(predictions, references)
@@ -49,6 +50,12 @@ def rouge_scores(
 
 
 def _refuse_unequal(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    for name, texts in (
+        ("predictions", predictions),
+        ("references", references),
+        *(("references", r) for r in references[:1]),
+    ):
+        refuse_one_text(name, texts)
     if len(predictions) != len(references) or not predictions or len({*map(len, references)}) != 1 or not references[0]:
         raise ValueError("expected at least one prediction, and of each as many references, at least one")
 
@@ -75,25 +82,21 @@ def _exact_match(
     return {"exact_match": 100 * num_equal / len(predictions)}, {"exact_match": options}
 
 
-def read_lines(path: Path, column: str) -> list[str]:
-    """A text a row: of a .txt its lines, of SQuAD's JSON the questions that have answers, of other files the column."""
+def read_lines(path: Path, column: str, flag: str = "") -> list[str]:
+    """Return a text a row: of a .txt its lines, of SQuAD's JSON the questions that have answers, of other files the column."""
     if path.suffix == ".txt":
-        try:
-            lines = path.read_bytes().decode("utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-        return lines[:-1] if not lines[-1] else lines
+        return [text for _, text in text_lines(path)]
     if path.suffix == ".json" and not is_lines(path):
         return [question.text for question in read_squad(path).questions if question.answers]
-    return [row[0] for row in read_table(path, [column]).rows]
+    return [row[0] for row in read_table(path, [column], [flag]).rows]
 
 
 def score_files(
     predictions: Path, references: Sequence[Path], *, prediction_column: str, reference_column: str, ignore_case: bool
 ) -> dict[str, Any]:
     """What the command writes. Raises ValueError or OSError for files that cannot be read, or of unequal lengths."""
-    texts = read_lines(predictions, prediction_column)
-    streams = {path: read_lines(path, reference_column) for path in references}
+    texts = read_lines(predictions, prediction_column, "--prediction_column")
+    streams = {path: read_lines(path, reference_column, "--reference_column") for path in references}
     for path, stream in streams.items():
         if len(stream) != len(texts):
             raise ValueError(
@@ -115,13 +118,12 @@ def score_files(
 
 
 def made_by_file(predictions: Path) -> Path:
-    """Where `python -m finetune.generate` says with what settings and model it wrote the file."""
+    """Where `python -m finetune generate` says with what settings and model it wrote the file."""
     return predictions.with_name(f"{predictions.name}.settings.json")
 
 
-def main() -> int:
-    """Entry point; returns the exit status."""
-    parser = ArgumentParser(prog="python -m finetune.score", description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `python -m finetune score`."""
     parser.add_argument("--predictions", type=Path, metavar="PATH", required=True,
                         help="what a model wrote: .txt with a text a line, or .jsonl, .tsv, .csv or .parquet")  # fmt: skip
     parser.add_argument("--references", type=Path, metavar="PATH", required=True, nargs="+",
@@ -133,20 +135,19 @@ def main() -> int:
                         help="BLEU, chrF and exact match without regard to case, for uncased models; ROUGE always")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="PATH", help="JSON to write: the scores, their options, the files' "
                         "hashes, and the decoding settings and model's hash that generate left beside its output")  # fmt: skip
-    args = parser.parse_args()
-
-    def command() -> None:
-        result = score_files(
-            args.predictions, args.references, prediction_column=args.prediction_column,
-            reference_column=args.reference_column, ignore_case=args.ignore_case,
-        )  # fmt: skip
-        for name, value in result["scores"].items():
-            print(f"{name:12} {value:6.2f}   {result['options'].get(name, result['options']['rouge'])}")
-        if args.output is not None:
-            write_json(args.output, result)
-
-    return run_command(command, parser.prog)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: Any, processes: Processes) -> None:
+    """Run `python -m finetune score`."""
+    if not processes.is_first:
+        return
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    result = score_files(
+        args.predictions, args.references, prediction_column=args.prediction_column,
+        reference_column=args.reference_column, ignore_case=args.ignore_case,
+    )  # fmt: skip
+    for name, value in result["scores"].items():
+        print(f"{name:12} {value:6.2f}   {result['options'].get(name, result['options']['rouge'])}")
+    if args.output is not None:
+        write_json(args.output, result)

@@ -1,23 +1,12 @@
 """Decoding: the likeliest targets of a source by beam search (greedy with one beam), or drawn ones.
 
-A step feeds two slots for each beam (pretrain/layout.py, `next_token_layout`): the last token, as an original, and a
-pseudo mask that predicts the next. All before is remembered as keys and values, a column for each slot:
-
-    columns of a sentence   | its source | originals, one for each token that a beam chose  | last tokens | pseudo masks |
-    seen by a beam          | all        | those of its own line                            | its own     | its own      |
-
-The source is encoded once and its columns are shared by the beams. Originals are nodes of a tree: beams of one history
-share them too, and that beams change places moves no key and no value, as a beam's line is a row of a mask. Nodes that no beam
-descends from are dropped from time to time. Sentences that are finished leave the batch.
-
 Scores are sums of the model's own log-probabilities, whatever is forbidden. A hypothesis' score is its sum divided by
 length ** length_penalty; the length counts all its tokens, [EOS] too. A step looks at the 2 x num_beams likeliest ways to go on:
 those among the first num_beams that end a target are hypotheses, at the length limit all of those; the first num_beams that end none
 are the next beams. A sentence is finished when no beam can come among the num_best any more, whatever follows; of a single beam,
 where it ends. So the result is that of a search to the length limit, and depends on the length penalty in the ranking alone.
 
-Shapes: B sentences, K beams, S slots of the longest source, M columns, N slots fed, R = B x K, H heads, D = size of a head,
-V vocabulary, C candidates, T tokens.
+Shapes: B sentences, K beams, R = B x K, H hidden size, V vocabulary, C candidates, T tokens.
 """
 
 from __future__ import annotations
@@ -25,177 +14,17 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from data_prep.draws import Decision, draw_words, unit_intervals
-from data_prep.tokenizer import Tokenizer
-from pretrain.attention import Attention
-from pretrain.layout import CONTEXT, GIVEN, PADDING_TURN, PSEUDO, Layout, next_token_layout, seq2seq_layout, visible
+from finetune.search_memory import SearchMemory
+from finetune.search_settings import Found, Hypothesis, Rules, SearchSettings, Trace, refuse_impossible
+from pretrain.layout import next_token_layout
 from pretrain.model import PMLM
 
-_WORD_SEPARATOR = "|"
 _DECIMALS = 6  # of a log-probability: less than what rounding in another batch changes
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How targets are decoded."""
-
-    num_beams: int = 5
-    """Hypotheses followed at a time; 1 = greedy."""
-    num_best: int = 1
-    """Results of each source, best first; with --sampling, draws."""
-    length_penalty: float = 1.0
-    """Results are ranked by log-probability / (tokens ** this), [EOS] counted; more favours longer ones."""
-    released_length_penalty: bool = False
-    """Rank by log-probability / (((5 + tokens) / 6) ** length_penalty), as UniLM's released code does: the paper's values are for it."""
-    min_length_tokens: int = 0
-    """Fewest tokens of a result, [EOS] not counted."""
-    max_length_tokens: int = 64
-    """Most tokens of a result, [EOS] counted."""
-    no_repeat_ngram: int = 0
-    """No result has the same so many tokens in a row twice; 0 = it may."""
-    may_repeat: str = ""
-    """Words that --no_repeat_ngram does not count, as "the|of|.": what has one of them in it may come twice."""
-    forbidden_words: str = ""
-    """Words that no result has, also at the beginning of longer ones, as "this|that"."""
-    sampling: bool = False
-    """Draw tokens by their probabilities, instead of searching for the likeliest."""
-    temperature: float = 1.0
-    """With --sampling: logits are divided by this; less makes likely tokens likelier."""
-    top_k: int = 0
-    """With --sampling: only so many tokens, the likeliest, may be drawn; 0 = all."""
-    top_p: float = 1.0
-    """With --sampling: only the likeliest tokens that together have this probability may be drawn."""
-    seed: int = 0
-    """Key of the draws."""
-
-    def __post_init__(self) -> None:
-        least = {
-            "num_beams": 1, "num_best": 1, "min_length_tokens": 0, "max_length_tokens": 1, "no_repeat_ngram": 0, "top_k": 0,
-            "seed": 0,
-        }  # fmt: skip
-        faults = [f"{k} is {getattr(self, k)}, expected at least {v}" for k, v in least.items() if getattr(self, k) < v]
-        if not self.sampling and self.num_best > self.num_beams:
-            faults.append(f"num_best is {self.num_best}, expected at most num_beams, which is {self.num_beams}")
-        if self.min_length_tokens >= self.max_length_tokens:
-            faults.append(f"min_length_tokens is {self.min_length_tokens}, expected less than max_length_tokens, which is "
-                          f"{self.max_length_tokens}")  # fmt: skip
-        if not math.isfinite(self.length_penalty):
-            faults.append(f"length_penalty is {self.length_penalty}, expected a number")
-        if not 0 < self.temperature < math.inf:
-            faults.append(f"temperature is {self.temperature}, expected more than 0")
-        if not 0 < self.top_p <= 1:
-            faults.append(f"top_p is {self.top_p}, expected more than 0 and at most 1")
-        if not self.sampling and (self.temperature, self.top_k, self.top_p) != (1, 0, 1):
-            faults.append("temperature, top_k and top_p are for sampling; pass --sampling")
-        if self.may_repeat and not self.no_repeat_ngram:
-            faults.append("may_repeat is for no_repeat_ngram; pass --no_repeat_ngram")
-        if faults:
-            raise ValueError("; ".join(faults))
-
-    def score(self, log_probability: float, num_tokens: int) -> float:
-        """That hypotheses are ranked by."""
-        length = (5 + num_tokens) / 6 if self.released_length_penalty else num_tokens
-        return float(log_probability / length**self.length_penalty)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """A vocabulary's special ids, and the settings' words as tokens."""
-
-    eos_id: int
-    mask_id: int
-    never: tuple[int, ...]
-    """Tokens that are in no target."""
-    forbidden: tuple[tuple[int, ...], ...] = ()
-    may_repeat: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, settings: SearchSettings) -> Rules:
-        """Raises ValueError for words that the vocabulary does not have."""
-        forbidden, exempt = (
-            tuple(_tokens_of_words(tokenizer, name, getattr(settings, name))) for name in ("forbidden_words", "may_repeat")
-        )  # fmt: skip
-        never = {tokenizer.pad_id, tokenizer.sos_id, tokenizer.mask_id} - {tokenizer.eos_id}
-        return cls(
-            tokenizer.eos_id, tokenizer.mask_id, tuple(sorted(never)), forbidden, tuple(sorted({i for w in exempt for i in w}))
-        )  # fmt: skip
-
-
-def _tokens_of_words(tokenizer: Tokenizer, flag: str, words: str) -> Iterator[tuple[int, ...]]:
-    for word in filter(None, (word.strip() for word in words.split(_WORD_SEPARATOR))):
-        ids = tuple(int(i) for i in tokenizer.encode([word]))
-        if not ids or tokenizer.unk_id in ids:
-            raise ValueError(f"--{flag} {word!r}: the vocabulary cannot write it")
-        yield ids
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A target."""
-
-    tokens: tuple[int, ...]
-    """Without [EOS]."""
-    log_probability: float
-    num_tokens: int
-    """With [EOS], if it ends."""
-    score: float
-
-
-@dataclass
-class Trace:
-    """Every beam and every end of a search, so that another length penalty needs no search. A list for each step."""
-
-    parents: list[list[int]] = field(default_factory=list)
-    """For each beam, which of the step before it goes on."""
-    tokens: list[list[int]] = field(default_factory=list)
-    """For each beam, its last token."""
-    ends: list[list[tuple[int, int, float]]] = field(default_factory=list)
-    """Hypotheses: beam of the step before, last token, log-probability."""
-
-    def hypotheses(self, settings: SearchSettings, eos_id: int) -> list[Hypothesis]:
-        """The best."""
-        found = [(settings.score(end[2], step + 1), step, end) for step, ends in enumerate(self.ends) for end in ends]
-        best = heapq.nsmallest(settings.num_best, found, key=lambda item: (-item[0], item[1]))
-        return [self._hypothesis(score, step, *end, eos_id) for score, step, end in best]
-
-    def _hypothesis(
-        self, score: float, step: int, beam: int, token: int, log_probability: float, eos_id: int
-    ) -> Hypothesis:
-        tokens = [] if token == eos_id else [token]
-        for before in range(step - 1, -1, -1):
-            tokens.append(self.tokens[before][beam])
-            beam = self.parents[before][beam]
-        return Hypothesis(tuple(reversed(tokens)), log_probability, step + 1, score)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a source became."""
-
-    hypotheses: list[Hypothesis]
-    """The num_best best, or the draws in their order."""
-    trace: Trace | None = None
-
-
-def refuse_impossible(model: PMLM, settings: SearchSettings, max_source_tokens: int) -> None:
-    """Raises ValueError for beams that are more than the vocabulary, and targets that go on behind the position table."""
-    config = model.config
-    if settings.num_beams > config.vocab_size:
-        raise ValueError(
-            f"--num_beams {settings.num_beams}: more than the {config.vocab_size} entries of the vocabulary"
-        )
-    if settings.top_k > config.vocab_size:
-        raise ValueError(f"--top_k {settings.top_k}: more than the {config.vocab_size} entries of the vocabulary")
-    if max_source_tokens + settings.max_length_tokens > config.max_positions:
-        raise ValueError(
-            f"--max_length_tokens {settings.max_length_tokens}: behind a source of {max_source_tokens} tokens there are "
-            f"{config.max_positions - max_source_tokens} positions of {config.max_positions}; expected at most so many"
-        )
 
 
 def decode(
@@ -263,7 +92,7 @@ class Search:
         self._tokens_BKT = torch.zeros(len(sources), 1, 0, dtype=torch.int64, device=self._device)
         self._totals_BK = torch.zeros(len(sources), 1, dtype=torch.float64, device=self._device)
         self.last_BK = torch.zeros(len(sources), 1, dtype=torch.int64, device=self._device)
-        self._memory = _Memory(model, sources, self._num_beams, settings.max_length_tokens)
+        self._memory = SearchMemory(model, sources, self._num_beams, settings.max_length_tokens)
 
     @property
     def is_done(self) -> bool:
@@ -451,179 +280,3 @@ def draw_tokens(logits_RV: torch.Tensor, settings: SearchSettings, units_R: torc
         whole_R = cumulated_RV.gather(1, num_kept_R[:, None])[:, 0]
     places_R = torch.searchsorted(cumulated_RV, (units_R * whole_R)[:, None], right=True)[:, 0]
     return tokens_RV.gather(1, places_R.clamp(max=cumulated_RV.shape[1] - 1)[:, None])[:, 0]
-
-
-class _Memory:
-    """Keys and values of a batch's columns, for all layers; who sees which."""
-
-    def __init__(self, model: PMLM, sources: Sequence[Sequence[int]], num_beams: int, max_length_tokens: int) -> None:
-        config, weight = model.config, model.bert.embeddings.word_embeddings.weight
-        self._sources, self._num_beams = sources, num_beams
-        self._relative_bias = model.bert.encoder.rel_pos_bias
-        if self._relative_bias is not None:
-            farthest = self._relative_bias.max_distance
-            self._by_distance_MH = self._relative_bias.by_distance(farthest).detach().T.contiguous().to(weight.dtype)
-        num_sentences, longest = len(sources), max(map(len, sources))
-        num_columns = longest + num_beams * (max_length_tokens + 1)
-        size = config.hidden_size // config.num_heads
-        # Keys lie with columns last, as the product with queries is faster so. What is not used is not touched: on CPU
-        # it takes no memory.
-        self._keys = [
-            weight.new_empty(num_sentences, config.num_heads, size, num_columns) for _ in range(config.num_layers)
-        ]
-        self._values = [
-            weight.new_empty(num_sentences, config.num_heads, num_columns, size) for _ in range(config.num_layers)
-        ]
-        self._num_source_columns = self._num_columns = longest
-        lengths_B1 = torch.tensor([[len(source)] for source in sources], device=weight.device)
-        self._positions_BM = torch.arange(longest, device=weight.device).repeat(num_sentences, 1)
-        self._turns_BM = torch.where(self._positions_BM < lengths_B1, 0, PADDING_TURN)
-        self._lines_BKM = torch.ones(num_sentences, 1, longest, dtype=torch.bool, device=weight.device)
-
-    def source_layout(self, mask_id: int) -> Layout:
-        """The sources, each with the pseudo mask that predicts its target's first token."""
-        return seq2seq_layout(self._sources, [[mask_id]] * len(self._sources), mask_id=mask_id)
-
-    def of_sources(self, attention: Attention) -> Attention:
-        """The attention of `source_layout`, whose keys and values of context are remembered."""
-        return _OfSources(self, attention)
-
-    def of_next_tokens(self, layout: Layout) -> Attention:
-        """The attention of a `next_token_layout`, whose originals are remembered."""
-        num_sentences, num_beams = self._lines_BKM.shape[:2]
-        if self._num_columns - self._num_source_columns > 8 * num_beams:
-            self._drop_dead_columns()
-        positions_B2, turns_B2 = (
-            x.view(num_sentences, num_beams, 2)[:, 0] for x in (layout.positions_N, layout.turns_N)
-        )
-        own = torch.eye(num_beams, dtype=torch.bool, device=layout.ids_N.device).expand(num_sentences, -1, -1)
-        positions_BM = torch.cat([self._positions_BM, positions_B2.repeat_interleave(num_beams, dim=1)], dim=1)
-        turns_BM = torch.cat([self._turns_BM, turns_B2.repeat_interleave(num_beams, dim=1)], dim=1)
-        lines_BKM = torch.cat([self._lines_BKM, own, own], dim=2)
-        roles_M = torch.full(turns_BM.shape[1:], GIVEN, device=layout.ids_N.device)
-        roles_M[: self._num_source_columns] = CONTEXT
-        roles_M[-num_beams:] = PSEUDO
-        roles_21 = torch.tensor([[GIVEN], [PSEUDO]], device=layout.ids_N.device)
-        is_visible_B2M = visible(roles_21, turns_B2[:, :, None], roles_M, turns_BM[:, None])
-        is_visible_BK2M = is_visible_B2M[:, None] & lines_BKM[:, :, None]
-        bias_BH12M = torch.zeros((), device=layout.ids_N.device)
-        if self._relative_bias is not None:
-            distances_B2M = positions_BM[:, None] - positions_B2[:, :, None]
-            far = self._relative_bias.max_distance
-            bias_BH12M = self._by_distance_MH[distances_B2M.clamp(-far, far) + far].permute(0, 3, 1, 2)[:, :, None]
-        bias_BHK2M = torch.where(is_visible_BK2M[:, None], bias_BH12M, -math.inf)
-        first = self._num_columns
-        self._num_columns += num_beams  # the originals; pseudo masks are forgotten
-        self._positions_BM, self._turns_BM = (x[:, : self._num_columns] for x in (positions_BM, turns_BM))
-        self._lines_BKM = lines_BKM[:, :, : self._num_columns]
-        return _OfNextTokens(self, bias_BHK2M, first)
-
-    def descend(self, parents_BK: torch.Tensor) -> None:
-        """Beams go on from others."""
-        self._lines_BKM = self._lines_BKM.gather(1, parents_BK[:, :, None].expand(-1, -1, self._lines_BKM.shape[2]))
-
-    def _drop_dead_columns(self) -> None:
-        """If they are more than those that a beam descends from."""
-        first = self._num_source_columns
-        is_alive_BM = self._lines_BKM[:, :, first:].any(dim=1)
-        num_kept = int(is_alive_BM.sum(dim=1).max())
-        if 2 * num_kept > is_alive_BM.shape[1]:
-            return
-        kept_BM = is_alive_BM.int().argsort(dim=1, descending=True, stable=True)[:, :num_kept]
-        for keys, values in zip(self._keys, self._values, strict=True):
-            for row, kept in enumerate(kept_BM + first):
-                keys[row, :, :, first : first + num_kept] = keys[row].index_select(2, kept)
-                values[row, :, first : first + num_kept] = values[row].index_select(1, kept)
-        self._num_columns = first + num_kept
-
-        def taken(of_columns: torch.Tensor) -> torch.Tensor:
-            index = kept_BM.view(len(kept_BM), *[1] * (of_columns.dim() - 2), -1).expand(*of_columns.shape[:-1], -1)
-            return torch.cat([of_columns[..., :first], of_columns[..., first:].gather(-1, index)], dim=-1)
-
-        is_alive_BM = is_alive_BM.gather(1, kept_BM)
-        self._positions_BM, self._lines_BKM = taken(self._positions_BM), taken(self._lines_BKM)
-        self._turns_BM = taken(self._turns_BM)
-        self._turns_BM[:, first:].masked_fill_(~is_alive_BM, PADDING_TURN)
-
-    def keep(self, rows: list[int]) -> list[int]:
-        """Forget all sentences but these; returns their new order: the last ones fill the places of those that leave."""
-        num_kept = len(rows)
-        order = list(range(num_kept))
-        moved = [row for row in rows if row >= num_kept]
-        for place in sorted(set(order) - set(rows)):
-            order[place] = moved.pop()
-            for keys, values in zip(self._keys, self._values, strict=True):
-                keys[place, ..., : self._num_columns] = keys[order[place], ..., : self._num_columns]
-                values[place, :, : self._num_columns] = values[order[place], :, : self._num_columns]
-        self._positions_BM, self._turns_BM, self._lines_BKM = (
-            x[order] for x in (self._positions_BM, self._turns_BM, self._lines_BKM)
-        )
-        return order
-
-
-class _OfSources:
-    """See Attention: that of a whole layout, which calls it layer by layer."""
-
-    def __init__(self, memory: _Memory, attention: Attention) -> None:
-        self._memory, self._attention, self._layers = memory, attention, iter(range(len(memory._keys)))
-        lengths = [len(source) for source in memory._sources]
-        edges = np.cumsum([0, *(length + 1 for length in lengths)])
-        slots_BS = np.minimum(edges[:-1, None] + np.arange(max(lengths)), edges[1:, None] - 1)
-        self._slots_BS = torch.from_numpy(slots_BS).to(memory._positions_BM.device)
-
-    def __call__(self, qkv_N3HD: torch.Tensor) -> torch.Tensor:
-        """See Attention."""
-        self._remember(qkv_N3HD[:, 1:])
-        return self._attention(qkv_N3HD)
-
-    def of_predicted(self, queries_RHD: torch.Tensor, keys_values_N2HD: torch.Tensor) -> torch.Tensor:
-        """See Attention."""
-        self._remember(keys_values_N2HD)
-        return self._attention.of_predicted(queries_RHD, keys_values_N2HD)
-
-    def _remember(self, keys_values_N2HD: torch.Tensor) -> None:
-        layer, length = next(self._layers), self._slots_BS.shape[1]
-        keys_BSHD, values_BSHD = keys_values_N2HD[self._slots_BS].unbind(2)
-        self._memory._keys[layer][..., :length] = keys_BSHD.permute(0, 2, 3, 1)
-        self._memory._values[layer][:, :, :length] = values_BSHD.transpose(1, 2)
-
-
-class _OfNextTokens:
-    """See Attention."""
-
-    def __init__(self, memory: _Memory, bias_BHK2M: torch.Tensor, first: int) -> None:
-        """`first`: the column of the first original; the pseudo masks follow the originals."""
-        self._memory, self._bias_BHK2M, self._first = memory, bias_BHK2M, first
-        self._layers = iter(range(len(memory._keys)))
-
-    def __call__(self, qkv_N3HD: torch.Tensor) -> torch.Tensor:
-        """See Attention."""
-        return self._attend(qkv_N3HD[:, 0], qkv_N3HD[:, 1], qkv_N3HD[:, 2], self._bias_BHK2M.flatten(2, 3))
-
-    def of_predicted(self, queries_RHD: torch.Tensor, keys_values_N2HD: torch.Tensor) -> torch.Tensor:
-        """See Attention."""
-        return self._attend(queries_RHD, keys_values_N2HD[:, 0], keys_values_N2HD[:, 1], self._bias_BHK2M[:, :, :, 1])
-
-    def _attend(
-        self, queries: torch.Tensor, keys_NHD: torch.Tensor, values_NHD: torch.Tensor, bias_BHQM: torch.Tensor
-    ) -> torch.Tensor:
-        layer, first = next(self._layers), self._first
-        num_sentences, _, num_beams, _, num_columns = self._bias_BHK2M.shape
-        keys_BHDM = self._memory._keys[layer][:num_sentences, ..., :num_columns]
-        values_BHMD = self._memory._values[layer][:num_sentences, :, :num_columns]
-        own = num_sentences, num_beams, 2, *keys_NHD.shape[1:]
-        keys_BHDM[..., first:].unflatten(3, (2, num_beams)).copy_(keys_NHD.view(own).permute(0, 3, 4, 2, 1))
-        values_BHMD[:, :, first:].unflatten(2, (2, num_beams)).copy_(values_NHD.view(own).permute(0, 3, 2, 1, 4))
-        queries_BHQD = queries.view(num_sentences, -1, *queries.shape[1:]).transpose(1, 2)
-        attended_BHQD = _attend(queries_BHQD, keys_BHDM, values_BHMD, bias_BHQM)
-        return attended_BHQD.transpose(1, 2).reshape(queries.shape)
-
-
-def _attend(
-    queries_BHQD: torch.Tensor, keys_BHDM: torch.Tensor, values_BHMD: torch.Tensor, bias_BHQM: torch.Tensor
-) -> torch.Tensor:
-    scale = queries_BHQD.shape[-1] ** -0.5
-    bias = bias_BHQM.expand(*queries_BHQD.shape[:3], -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, queries_BHQD.flatten(0, 1), keys_BHDM.flatten(0, 1), alpha=scale)
-    attended = torch.bmm(torch.softmax(scores, dim=-1), values_BHMD.flatten(0, 1))
-    return attended.view(queries_BHQD.shape)

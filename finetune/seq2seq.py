@@ -1,17 +1,11 @@
-"""python -m finetune.seq2seq: fine-tune a pre-trained model to write a target for a source.
-
-train    on pairs in JSON lines {"src": ..., "tgt": ...}, TSV, CSV or Parquet; for question generation on {"paragraph": ...,
-         "answer": ..., "question": ...} or SQuAD's JSON
-
-`python -m finetune.generate` writes with the model, `python -m finetune.score` compares what it wrote with references.
-"""
+"""Fine-tune a pre-trained model to write a target for a source: on JSON lines {"src": ..., "tgt": ...}, TSV, CSV or Parquet; for question
+generation on {"paragraph": ..., "answer": ..., "question": ...} or SQuAD's JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,30 +13,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.console import ArgumentParser, add_flags, flag_values, progress_bar
+from data_prep.console import ArgumentParser, add_flags, progress_bar
 from data_prep.draws import Decision, draw_words, unit_interval
 from data_prep.files import write_whole
 from data_prep.mask_settings import BLOCK_LENGTHS, BLOCK_SHARE
 from data_prep.masking import block_draw
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import epoch_order, prediction_batches
-from finetune.model import Seq2SeqModel
-from finetune.pairs import Examples, PairColumns, Pairs, are_filled, make_examples, read_pairs
+from finetune.identity import training_identity
 from finetune.processes import Processes
-from finetune.runs import (
-    StartSettings,
-    add_train_flags,
-    command_parser,
-    fingerprint,
-    load_start,
-    run_with_processes,
-    say,
-    settings_of,
-    train_all,
-)
+from finetune.runs import StartSettings, add_train_flags, from_flags, load_start, say, settings_of, train_all
 from finetune.score import text_scores
-from finetune.search import Rules, decode
-from finetune.seq2seq_model import Seq2SeqSettings, save_seq2seq
+from finetune.search import decode
+from finetune.search_settings import Rules
+from finetune.seq2seq_data import Examples, PairColumns, Pairs, Seq2SeqSettings, make_examples, read_pairs
+from finetune.seq2seq_model import Seq2SeqModel, save_seq2seq
+from finetune.tokens import TokenLists
 from finetune.trainer import TrainSettings
 from pretrain.model import PMLM
 
@@ -108,7 +94,9 @@ class TargetNoise:
     def __init__(self, settings: TargetSettings, tokenizer: Tokenizer, max_target_tokens: int, seed: int) -> None:
         self._settings, self._tokenizer, self._max_tokens, self._seed = settings, tokenizer, max_target_tokens, seed
 
-    def __call__(self, targets: Sequence[Sequence[int]], sample: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, targets: TokenLists | Sequence[Sequence[int]], sample: int, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Of one sample's target: turns, and ids to be given."""
         target, settings = np.array(targets[sample], dtype=np.int64), self._settings
         turns = np.arange(1, len(target) + 1)
@@ -138,6 +126,8 @@ class Seq2SeqTask:
         self._train, self._validation, self._processes = train, validation, processes
         self._of_validation = of_validation
         self._written: list[dict[str, str]] = []
+        self.score_name = of_validation.best_by
+        self.score_sign = -1.0 if of_validation.best_by == "loss" else 1.0
         self._smoothing = of_targets.label_smoothing
         self._noise = TargetNoise(of_targets, tokenizer, settings.max_target_tokens, seed)
         self._mean_target_tokens = float(train.target_lengths.mean())
@@ -155,7 +145,7 @@ class Seq2SeqTask:
         loss, accuracy = self._loss_and_accuracy()
         values = {"loss": loss, "token_accuracy": accuracy, **self._scores_of_written()}
         best_by = self._of_validation.best_by
-        return {"score": -loss if best_by == "loss" else values[best_by], **values}
+        return {"score": self.score_sign * values[best_by], **values}
 
     def _loss_and_accuracy(self) -> tuple[float, float]:
         processes, examples = self._processes, self._validation
@@ -180,7 +170,9 @@ class Seq2SeqTask:
             return {}
         settings = self._settings.search()
         mine = chosen[processes.rank :: processes.world_size].tolist()
-        found = decode(self._model, Rules.of(tokenizer, settings), [examples.sources[i] for i in mine], settings)
+        found = decode(
+            self._model, Rules.of(tokenizer, settings), [examples.sources[i].tolist() for i in mine], settings
+        )
         written: dict[int, str] = {}
         for part in processes.gather(
             {i: tokenizer.decode(of_one.hypotheses[0].tokens) for i, of_one in zip(mine, found, strict=True)}
@@ -200,23 +192,17 @@ class Seq2SeqTask:
         save_seq2seq(folder, self._model, self._tokenizer, self._settings)
 
 
-def usable(pairs: Pairs, processes: Processes) -> Pairs:
-    """Those of which nothing is empty; the others are counted. Raises ValueError if none is left."""
+def in_words(pairs: Pairs, examples: Examples, settings: Seq2SeqSettings) -> list[str]:
+    """Return what was read, and what of it was left out or cut, in lines for the user."""
+    lines, path = [], pairs.path
     if pairs.num_without_answer:
-        say(processes, f"{pairs.path}: {pairs.num_without_answer:,} questions without an answer are left out")
-    is_filled = are_filled(pairs)
-    if not all(is_filled):
-        first = pairs.where(is_filled.index(False))
-        say(processes, f"warning: {pairs.path}: {is_filled.count(False):,} of {len(pairs):,} pairs are left out: "
-            f"their source or target is empty (the first: {first})")  # fmt: skip
-    if not any(is_filled):
-        raise ValueError(f"{pairs.path}: none of its {len(pairs):,} pairs has both a source and a target")
-    return pairs.take(is_filled)
-
-
-def counts(path: Path, examples: Examples, settings: Seq2SeqSettings) -> str:
-    """What was read, and what was cut of it, in a line."""
-    line = f"{path}: {len(examples.targets):,} pairs"
+        lines.append(f"{path}: {pairs.num_without_answer:,} questions without an answer are left out")
+    if num_empty := int((~examples.is_filled).sum()):
+        lines.append(
+            f"warning: {path}: {num_empty:,} of {len(examples.is_filled):,} pairs are left out: their source or target is empty (the "
+            f"first: {examples.first_empty})"
+        )
+    line = f"{path}: {len(examples):,} pairs"
     if examples.num_cut_sources:
         line += (
             f"; {examples.num_cut_sources:,} sources are cut to --max_source_tokens {settings.max_source_tokens}, "
@@ -224,7 +210,7 @@ def counts(path: Path, examples: Examples, settings: Seq2SeqSettings) -> str:
         )
     if examples.num_cut_targets:
         line += f"; {examples.num_cut_targets:,} targets are cut to --max_target_tokens {settings.max_target_tokens}"
-    return line
+    return [*lines, line]
 
 
 def train(
@@ -234,14 +220,17 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune; returns the summary."""
     processes, columns = processes or Processes(), columns or PairColumns()
+    paths = {"train": train_file, "validation": validation_file}
     pairs = {
-        path: usable(read_pairs(path, columns, question_generation=of_model.question_generation), processes)
-        for path in dict.fromkeys((train_file, validation_file))
+        path: read_pairs(path, columns, question_generation=of_model.question_generation)
+        for path in dict.fromkeys(paths.values())
     }
     pretrained = load_start(start, processes)
     tokenizer = pretrained.tokenizer
-    examples = {path: make_examples(tokenizer, of_file, of_model) for path, of_file in pairs.items()}
-    say(processes, *(counts(path, of_file, of_model) for path, of_file in examples.items()))
+    examples = {}
+    for path, of_file in pairs.items():
+        examples[path] = make_examples(tokenizer, of_file, of_model)
+        say(processes, *in_words(of_file, examples[path], of_model))
 
     def make_task(model: PMLM, of_run: TrainSettings) -> tuple[nn.Module, Seq2SeqTask]:
         writer = Seq2SeqModel(model)
@@ -251,61 +240,34 @@ def train(
         )  # fmt: skip
         return writer, task
 
-    identity = {
-        **asdict(of_model), **asdict(of_targets), **asdict(of_validation), **asdict(columns),
-        **fingerprint(pretrained.model, [*pairs]),
-    }  # fmt: skip
+    identity = training_identity(
+        pretrained.model, pretrained.pooler, pretrained.tokenizer, {role: pairs[path].sha256 for role, path in paths.items()},
+        {"name": "seq2seq", **asdict(of_model), **asdict(of_targets), **asdict(of_validation), **asdict(columns)},
+    )  # fmt: skip
     return train_all(start, settings, pretrained.model, identity, processes, make_task)
 
 
-def make_parser() -> tuple[ArgumentParser, ArgumentParser]:
-    """The command line, and that of `train`."""
-    parser = command_parser("python -m finetune.seq2seq", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="fine-tune", description="Fine-tune a pre-trained model.")
-    training.add_argument("--train_file", type=Path, metavar="PATH", required=True, help="pairs to train on")
-    training.add_argument("--validation_file", type=Path, metavar="PATH", required=True,
-                          help="pairs that the best weights are chosen by")  # fmt: skip
-    training.add_argument("--recipe", choices=[*RECIPES], help="the paper's settings for CNN/DailyMail, XSum or question "
-                          "generation, in place of the defaults below; other flags given go before them")  # fmt: skip
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `python -m finetune seq2seq`."""
+    parser.add_argument("--train_file", type=Path, metavar="PATH", required=True, help="pairs to train on")
+    parser.add_argument("--validation_file", type=Path, metavar="PATH", required=True,
+                        help="pairs that the best weights are chosen by")  # fmt: skip
+    parser.add_argument("--recipe", choices=[*RECIPES], help="the paper's settings for CNN/DailyMail, XSum or question "
+                        "generation, in place of the defaults below; other flags given go before them")  # fmt: skip
     for cls in (PairColumns, Seq2SeqSettings, TargetSettings, ValidationSettings):
-        add_flags(training, cls)
+        add_flags(parser, cls)
     add_train_flags(
-        training, without=["max_length_tokens", "grid"], output=Path("runs/seq2seq"), learning_rate=7e-5, batch_size=64
+        parser, without=["max_length_tokens", "grid"], output=Path("runs/seq2seq"), learning_rate=7e-5, batch_size=64
     )
-    return parser, training
 
 
-def parse(words: Sequence[str] | None = None) -> Any:
-    """The flags' values, a recipe's where it has them and they are not given."""
-    parser, training = make_parser()
-    args = parser.parse_args(words)
-    if args.recipe is not None:
-        training.set_defaults(**RECIPES[args.recipe])
-        args = parser.parse_args(words)
-    return args
-
-
-def main() -> int:
-    """Entry point; returns the exit status."""
-    args = parse()
-
-    def command(processes: Processes) -> None:
-        of: Mapping[type, Any] = {
-            cls: cls(**flag_values(args, [field.name for field in fields(cls)]))
-            for cls in (PairColumns, Seq2SeqSettings, TargetSettings, ValidationSettings)
-        }
-        of_model = of[Seq2SeqSettings]
-        args.max_length_tokens = of_model.max_positions
-        start, settings = settings_of(args)
-        train(
-            start, settings, of_model, of[TargetSettings], of[ValidationSettings], args.train_file, args.validation_file,
-            of[PairColumns], processes,
-        )  # fmt: skip
-        say(processes, f"{start.output}: write with `python -m finetune.generate --model {start.output}`")
-
-    return run_with_processes(command, "python -m finetune.seq2seq")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: Any, processes: Processes) -> None:
+    """Run `python -m finetune seq2seq`."""
+    of_model = from_flags(args, Seq2SeqSettings)
+    args.max_length_tokens = of_model.max_positions
+    start, settings = settings_of(args)
+    train(
+        start, settings, of_model, from_flags(args, TargetSettings), from_flags(args, ValidationSettings), args.train_file,
+        args.validation_file, from_flags(args, PairColumns), processes,
+    )  # fmt: skip
+    say(processes, f"{start.output}: write with `python -m finetune generate --model {start.output} --text ...`")

@@ -1,83 +1,108 @@
-"""A source to a target: the tokens of both, and the model in its folder. Training and decoding share all of it.
-
-A source is "[SOS] source [EOS]", for question generation "[SOS] paragraph [EOS] answer [EOS]"; a target is "target [EOS]".
-Their slots are those of `pretrain.layout.seq2seq_layout`.
-"""
+"""A model that writes a target for a source, in its folder and in Python."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
 
 from data_prep.tokenizer import Tokenizer
-from finetune.model import Seq2SeqModel, load_model, save_model
-from finetune.search import SearchSettings
+from finetune.model import load_model, refuse_one_text, save_model
+from finetune.processes import Processes
+from finetune.search import decode
+from finetune.search_settings import Hypothesis, Rules, SearchSettings, refuse_impossible
+from finetune.seq2seq_data import Pair, Seq2SeqSettings, make_sources
+from pretrain.layout import Layout
+from pretrain.model import PMLM
 
 
-@dataclass(frozen=True)
-class Seq2SeqSettings:
-    """What a model is for; in its config.json under "task". The defaults are of no recipe."""
+class Seq2SeqModel(PMLM):
+    """A PMLM with its pre-trained output layer, all of it under the released names. T target tokens."""
 
-    max_source_tokens: int = 256
-    """Tokens of a source, special ones included; longer ones are cut."""
-    max_target_tokens: int = 64
-    """Tokens of a target, its [EOS] included; longer ones are cut."""
-    question_generation: bool = False
-    """Sources are paragraphs with answers, targets questions."""
-    num_beams: int = 5
-    """Beams of a search, unless it is told otherwise."""
-    length_penalty: float = 1.0
-    """Of a search: hypotheses are ranked by their log-probability / (length ** this)."""
-    released_length_penalty: bool = False
-    """Of a search: rank as UniLM's released code does, for which the recipes' penalties are; see finetune.generate."""
+    kind: ClassVar[str] = "pmlm-seq2seq"
 
-    def __post_init__(self) -> None:
-        least = {"max_source_tokens": 8, "max_target_tokens": 2, "num_beams": 1}
-        faults = [f"{k} is {getattr(self, k)}, expected at least {v}" for k, v in least.items() if getattr(self, k) < v]
-        if faults:
-            raise ValueError("; ".join(faults))
+    def __init__(self, pretrained: PMLM) -> None:
+        nn.Module.__init__(self)
+        self.config, self.bert, self.cls = pretrained.config, pretrained.bert, pretrained.cls
 
-    @property
-    def max_positions(self) -> int:
-        """That the position table must have."""
-        return self.max_source_tokens + self.max_target_tokens
+    @classmethod
+    def of_task(cls, pretrained: PMLM, task: dict[str, Any]) -> Self:
+        """See TaskModel."""
+        return cls(pretrained)
 
-    def search(self) -> SearchSettings:
-        """How targets are decoded unless it is told otherwise."""
-        return SearchSettings(
-            num_beams=self.num_beams,
-            length_penalty=self.length_penalty,
-            released_length_penalty=self.released_length_penalty,
-            max_length_tokens=self.max_target_tokens,
-        )
-
-
-def source_ids(tokenizer: Tokenizer, parts: Sequence[Sequence[int]], max_source_tokens: int) -> tuple[list[int], int]:
-    """A source's tokens, and how many of its own are cut: the ends of parts, of the longest
-    until it is no longer than the others."""
-    room, kept = max_source_tokens - len(parts) - 1, [0] * len(parts)
-    for num_before, place in enumerate(sorted(range(len(parts)), key=lambda place: len(parts[place]))):
-        kept[place] = min(len(parts[place]), room // (len(parts) - num_before))
-        room -= kept[place]
-    ids = [tokenizer.sos_id]
-    for part, num_tokens in zip(parts, kept, strict=True):
-        ids += [*part[:num_tokens], tokenizer.eos_id]
-    return ids, sum(map(len, parts)) - sum(kept)
-
-
-def target_ids(tokenizer: Tokenizer, ids: Sequence[int], max_target_tokens: int) -> tuple[list[int], int]:
-    """A target's tokens, and how many of its own are cut."""
-    kept = ids[: max_target_tokens - 1]
-    return [*kept, tokenizer.eos_id], len(ids) - len(kept)
+    def target_losses(self, layout: Layout, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross-entropy of each target token of a `seq2seq_layout`, [T], and whether it is the likeliest."""
+        return self.cls.predictions.losses(self.encode_predicted(layout), layout.targets_T, label_smoothing)
 
 
 def save_seq2seq(folder: Path, model: Seq2SeqModel, tokenizer: Tokenizer, settings: Seq2SeqSettings) -> None:
-    """See save_model."""
+    """Write a model's folder, see save_model."""
     save_model(folder, model, tokenizer, asdict(settings))
 
 
 def load_seq2seq(folder: Path) -> tuple[Seq2SeqModel, Tokenizer, Seq2SeqSettings]:
-    """In eval mode, what `python -m finetune.seq2seq` wrote; see load_model."""
+    """Load, in eval mode, what `python -m finetune seq2seq` wrote; see load_model."""
     model, tokenizer, task = load_model(folder, Seq2SeqModel)
     return model, tokenizer, Seq2SeqSettings(**task)
+
+
+class Writer:
+    """A model that writes.
+
+    from finetune import Writer
+    print(Writer.load("runs/seq2seq").write(["The committee met on Monday ..."]))
+    """
+
+    def __init__(
+        self, model: Seq2SeqModel, tokenizer: Tokenizer, task: Seq2SeqSettings, search: SearchSettings | None = None
+    ) -> None:
+        """`search`: other settings than the model's own. Raises ValueError for settings that the model cannot follow."""
+        self.model, self.tokenizer, self.task = model.eval(), tokenizer, task
+        self.search = search or task.search()
+        self.rules = Rules.of(tokenizer, self.search)
+        refuse_impossible(model, self.search, 0)
+
+    @classmethod
+    def load(cls, folder: Path | str, processes: Processes | None = None, **changes: Any) -> Writer:
+        """Load one from a run's folder; `changes` of SearchSettings. Raises ValueError or OSError for what holds no such model."""
+        model, tokenizer, task = load_seq2seq(Path(folder))
+        own = task.search()
+        if "num_beams" in changes and "num_best" not in changes:
+            own = replace(own, num_best=1)
+        return cls(model.to((processes or Processes()).device), tokenizer, task, replace(own, **changes))
+
+    def ids(self, sources: Sequence[str | tuple[str, ...]]) -> list[list[int]]:
+        """Return each source's tokens, as the model takes them. Raises ValueError, see `write`."""
+        refuse_one_text("sources", sources)
+        num_parts = 2 if self.task.question_generation else 1
+        expected = "a paragraph and an answer" if num_parts == 2 else "one text"
+        parts = [(source,) if isinstance(source, str) else tuple(source) for source in sources]
+        for place, source in enumerate(parts):
+            if len(source) != num_parts or not all(isinstance(part, str) and part.strip() for part in source):
+                raise ValueError(
+                    f"source {place + 1}: expected {expected}, none of it empty, found {len(source)} of them"
+                )
+        made = make_sources(self.tokenizer, [Pair(lambda: "", source) for source in parts], self.task)
+        return [ids.tolist() for ids in made.sources]
+
+    def write(self, sources: Sequence[str | tuple[str, ...]]) -> list[str]:
+        """Return the best target of each source; for question generation a source is (paragraph, answer).
+
+        Raises ValueError for one text instead of a list, an empty source, and a source that has not as many parts.
+        """
+        found = decode(self.model, self.rules, self.ids(sources), self.search)
+        return [self.tokenizer.decode(of_one.hypotheses[0].tokens) for of_one in found]
+
+    def record(self, hypotheses: Sequence[Hypothesis]) -> dict[str, Any]:
+        """Return what is written of a source; without hypotheses, of an empty one."""
+        rows = [
+            {"text": self.tokenizer.decode(h.tokens), "score": round(h.score, 5), "log_probability": round(h.log_probability, 4),
+             "tokens": h.num_tokens}
+            for h in hypotheses
+        ]  # fmt: skip
+        best = {name: rows[0][name] if rows else empty for name, empty in (("text", ""), ("score", None))}
+        return best if self.search.num_best == 1 else {**best, "n_best": rows}

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from data_prep.files import read_json
+from data_prep.files import read_json, sha256_of_file
+from finetune.tables import as_text, described
 
 
 @dataclass(frozen=True)
@@ -34,50 +35,108 @@ class SquadFile:
     questions: list[Question]
     is_v2: bool
     """Whether there may be no answer."""
+    is_labelled: bool
+    """Whether every question has answers, or is said to be impossible."""
     num_unmatched: int
     """Questions none of whose answers is in the passage where it says."""
+    sha256: str
+    """Hash of the file."""
 
 
 def read_squad(path: Path, needs_answers: bool = True) -> SquadFile:
-    """Raises ValueError, naming file and place, for what is not SQuAD's JSON."""
+    """Read a file of SQuAD's JSON, version 1.1 or 2.0. Without `needs_answers`, questions may lack them.
 
-    def member(value: Any, key: str, kind: type, where: str) -> Any:
-        found = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(found, kind):
-            raise ValueError(f"{path}: {where}: expected {key!r} to be {_KINDS[kind]}, found {type(found).__name__}")
+    Raises ValueError, naming file and place, for what is not SQuAD's JSON: ids are unique, `is_impossible` is true or false and
+    agrees with the answers, and each answer is a text with a whole number as its start in the passage.
+    """
+    reader = _Reader(path, needs_answers)
+    sha256 = sha256_of_file(path)
+    for a, article in enumerate(reader.member(read_json(path), "data", list, "top")):
+        for p, paragraph in enumerate(reader.member(article, "paragraphs", list, f"data[{a}]")):
+            reader.add_paragraph(paragraph, f"data[{a}].paragraphs[{p}]")
+    if not reader.questions:
+        raise ValueError(f"{path}: has no questions; expected at least one")
+    return SquadFile(path, reader.questions, reader.is_v2, reader.is_labelled, reader.num_unmatched, sha256)
+
+
+_KINDS = {list: "a list", str: "text", int: "a whole number", bool: "true or false"}
+
+
+class _Reader:
+    """Collects the questions of a file."""
+
+    def __init__(self, path: Path, needs_answers: bool) -> None:
+        self._path, self._needs_answers = path, needs_answers
+        self.questions: list[Question] = []
+        self.is_v2, self.is_labelled, self.num_unmatched = False, True, 0
+        self._places: dict[str, str] = {}
+        """Of each id, where its question is."""
+
+    def _refuse(self, where: str, reason: str) -> NoReturn:
+        raise ValueError(f"{self._path}: {where}: {reason}")
+
+    def member(self, value: Any, key: str, kind: type, where: str) -> Any:
+        """Return an object's value under `key`, of that kind."""
+        if not isinstance(value, dict):
+            self._refuse(where, f"found {described(value)}, expected an object with {key!r}, as SQuAD's JSON has")
+        if key not in value:
+            self._refuse(where, f"has no {key!r}, expected {_KINDS[kind]}, as SQuAD's JSON has")
+        found = value[key]
+        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+            self._refuse(where, f"{key!r} is {described(found)}, expected {_KINDS[kind]}")
+        if kind is str:
+            try:
+                as_text(found)
+            except ValueError as error:
+                self._refuse(where, f"{key!r} {error}")
         return found
 
-    questions: list[Question] = []
-    is_v2, num_unmatched = False, 0
-    for a, article in enumerate(member(read_json(path), "data", list, "top")):
-        for p, paragraph in enumerate(member(article, "paragraphs", list, f"data[{a}]")):
-            place = f"data[{a}].paragraphs[{p}]"
-            passage = member(paragraph, "context", str, place)
-            for q, entry in enumerate(member(paragraph, "qas", list, place)):
-                where = f"{place}.qas[{q}]"
-                identifier, text = member(entry, "id", str, where), member(entry, "question", str, where)
-                is_v2 |= "is_impossible" in entry
-                given = member(entry, "answers", list, where) if needs_answers or "answers" in entry else []
-                given = [] if entry.get("is_impossible") else given
-                answers = [
-                    (member(x, "text", str, f"{where}.answers"), member(x, "answer_start", int, f"{where}.answers"))
-                    for x in given
-                ]
-                starts = [
-                    start for answer, start in answers if start >= 0 and answer and passage.startswith(answer, start)
-                ]
-                num_unmatched += bool(answers and not starts)
-                matching = [answer for answer, start in answers if start in starts[:1]]
-                others = [answer for answer, _ in answers if answer not in matching]
-                questions.append(
-                    Question(identifier, text, passage, (*matching, *others), starts[0] if starts else None)
+    def add_paragraph(self, paragraph: Any, place: str) -> None:
+        """Read a passage and its questions."""
+        passage = self.member(paragraph, "context", str, place)
+        for q, entry in enumerate(self.member(paragraph, "qas", list, place)):
+            where = f"{place}.qas[{q}]"
+            identifier, text = self.member(entry, "id", str, where), self.member(entry, "question", str, where)
+            if self._places.setdefault(identifier, where) != where:
+                self._refuse(
+                    where, f"'id' is {described(identifier)}, as in {self._places[identifier]}; expected every question to have "
+                    "its own, by which it is scored"
                 )  # fmt: skip
-    if not questions:
-        raise ValueError(f"{path}: has no questions; expected at least one")
-    return SquadFile(path, questions, is_v2, num_unmatched)
+            answers = self._answers(entry, passage, where)
+            starts = [start for answer, start in answers if passage.startswith(answer, start)]
+            self.num_unmatched += bool(answers and not starts)
+            matching = [answer for answer, start in answers if start in starts[:1]]
+            others = [answer for answer, _ in answers if answer not in matching]
+            self.questions.append(
+                Question(identifier, text, passage, (*matching, *others), starts[0] if starts else None)
+            )
 
-
-_KINDS = {list: "a list", str: "text", int: "a number"}
+    def _answers(self, entry: dict[str, Any], passage: str, where: str) -> list[tuple[str, int]]:
+        is_impossible = "is_impossible" in entry and self.member(entry, "is_impossible", bool, where)
+        self.is_v2 |= "is_impossible" in entry
+        given = self.member(entry, "answers", list, where) if self._needs_answers or "answers" in entry else []
+        if is_impossible and given:
+            self._refuse(
+                where, f"'is_impossible' is true and there are {len(given)} answers; expected one or the other"
+            )
+        if not is_impossible and not given:
+            self.is_labelled = False
+            if self._needs_answers:
+                self._refuse(
+                    where, "has no answers; expected at least one, or 'is_impossible': true where the passage has none"
+                )  # fmt: skip
+        answers = []
+        for number, one in enumerate(given):
+            of_answer = f"{where}.answers[{number}]"
+            answer, start = self.member(one, "text", str, of_answer), self.member(one, "answer_start", int, of_answer)
+            if not answer.strip():
+                self._refuse(of_answer, "'text' is empty, expected the answer; questions without one have no answers")
+            if not 0 <= start < len(passage):
+                self._refuse(
+                    of_answer, f"'answer_start' is {start}, expected a character of the passage, 0 to {len(passage) - 1}"
+                )  # fmt: skip
+            answers.append((answer, start))
+        return answers
 
 
 def normalize_answer(text: str) -> str:

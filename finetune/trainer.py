@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +31,20 @@ from torch import nn
 from data_prep.console import progress_bar
 from data_prep.files import read_json, unfinished_file, write_json
 from finetune.batches import epoch_order, micro_batches
-from finetune.optimizer import Optimizer, PartedState, Precision, WholeState, deepspeed_config
+from finetune.figures import draw_learning_curve
+from finetune.identity import refuse_other
+from finetune.optimizer import (
+    Optimizer,
+    PartedState,
+    PrecisionFlag,
+    WholeState,
+    decide_precision,
+    deepspeed_config,
+    parameter_groups,
+)
 from finetune.processes import Processes
 from pretrain.lock import hold_run
 from pretrain.metrics import Metrics, read_records
-from pretrain.model import has_weight_decay
 
 MODEL, STATE, RESULT, CURVE = "model", "state.safetensors", "result.json", "learning_curve.png"
 _LOG_STEPS = 10
@@ -62,8 +71,9 @@ class TrainSettings:
     """Larger gradients are scaled down to this norm; 0 = never."""
     micro_batch_size: int = 8
     """Samples computed at once; the processes share a batch's micro batches."""
-    precision: Precision = "fp32"
-    """Of matrix products; AdamW and the weights it updates stay in fp32. fp16 has a dynamic loss scale."""
+    precision: PrecisionFlag = "fp32"
+    """Precision of matrix products; AdamW and the weights it updates stay in fp32. fp16 has a dynamic loss scale. `auto`
+    is the fastest precision that the device has."""
     deepspeed_config: Path | None = None
     """DeepSpeed JSON with ZeRO stage 1 or 2 (ds_configs/zero2_finetune.json): each process has a part of AdamW's state."""
     eval_steps: int = 0
@@ -98,6 +108,14 @@ class Task(Protocol):
     lengths: np.ndarray
     """Tokens of each sample to train on."""
 
+    @property
+    def score_name(self) -> str:
+        """Which metric the score is, for the user."""
+
+    @property
+    def score_sign(self) -> float:
+        """1, or -1 where the score is that metric's negative, as of a loss."""
+
     def loss(self, samples: Sequence[int], epoch: int) -> torch.Tensor:
         """The samples' losses, added up; what is drawn anew for each epoch depends on it."""
 
@@ -131,26 +149,6 @@ def learning_rate_factor(step: int, num_steps: int, warmup: float) -> float:
     return (num_steps - step) / (num_steps - num_warmup)
 
 
-def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """A group for each depth, with and without weight decay; `scale` is what the depth multiplies the learning rate by.
-
-    The embeddings and the relative bias, which all layers share, lie below the first layer, the new output above the last.
-    """
-    num_layers = len(model.bert.encoder.layer)  # type: ignore[union-attr, arg-type]
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        words = name.split(".")
-        depth = 0 if words[1] in ("embeddings", "encoder") else num_layers + 1
-        depth = int(words[3]) + 1 if words[1:3] == ["encoder", "layer"] else depth
-        decays = has_weight_decay(name, parameter)
-        group = groups.setdefault((depth, decays), {
-            "params": [], "weight_decay": settings.weight_decay if decays else 0.0,
-            "scale": settings.layer_decay ** (num_layers + 1 - depth),
-        })  # fmt: skip
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
 class Trainer:
     """Trains `model` in the folder `run`, from where an interrupted training of the same identity was."""
 
@@ -164,12 +162,14 @@ class Trainer:
         num_samples = len(task.lengths)
         self._steps_per_epoch = -(-num_samples // settings.batch_size)
         self._num_steps = self._steps_per_epoch * settings.epochs
-        groups = parameter_groups(model, settings)
+        groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+        self._precision = decide_precision(settings.precision, processes)
         self._optimizer: Optimizer
         if settings.deepspeed_config is None:
-            self._optimizer = WholeState(model, task, groups, processes, settings.precision, settings.max_gradient_norm)
+            self._optimizer = WholeState(model, task, groups, processes, self._precision, settings.max_gradient_norm)
         else:
-            config = deepspeed_config(settings.deepspeed_config, chosen, processes.world_size)
+            decided = {**chosen, "precision": self._precision}
+            config = deepspeed_config(settings.deepspeed_config, decided, processes.world_size)
             self._optimizer = PartedState(model, task, groups, processes, config)
         self._progress = _Progress()
 
@@ -188,7 +188,7 @@ class Trainer:
     def _train(self) -> dict[str, Any]:
         self._processes.wait()
         if (finished := read_result(self._run)) is not None:
-            self._refuse_other(finished["identity"], self._run / RESULT)
+            refuse_other(self._run / RESULT, finished["identity"], self._identity, "training")
             return dict(finished["best"])
         self._resume()
         self._processes.wait()
@@ -202,7 +202,7 @@ class Trainer:
         with bar:
             while progress.step < self._num_steps and not self._is_at_end():
                 loss, norm = self._step()
-                is_skipped = settings.precision == "fp16" and math.isinf(norm)
+                is_skipped = self._precision == "fp16" and math.isinf(norm)
                 if not is_skipped:
                     loss_sum, num_losses = loss_sum + loss, num_losses + 1
                 num_steps += 1
@@ -222,9 +222,9 @@ class Trainer:
                             "loss": loss_sum / max(1, num_losses), "gradient_norm": norm,
                             "samples_per_s": round(samples_per_s, 2),
                             "learning_rate": self._learning_rate(step - 1), "epoch": step / self._steps_per_epoch,
-                            **({"loss_scale": self._optimizer.loss_scale} if settings.precision == "fp16" else {}),
+                            **({"loss_scale": self._optimizer.loss_scale} if self._precision == "fp16" else {}),
                         })  # fmt: skip
-                    bar.set_postfix_str(f"loss {loss_sum / max(1, num_losses):.4f}, best {progress.best_score:.4f}")
+                    bar.set_postfix_str(f"loss {loss_sum / max(1, num_losses):.4f}{self._best_in_words()}")
                     loss_sum, num_losses, num_steps, started = 0.0, 0, 0, time.monotonic()
                 if is_due:
                     self._validate(metrics)
@@ -237,10 +237,18 @@ class Trainer:
                 for record in read_records(self._run)
                 if record["kind"] == "validation" and record["step"] == progress.best_step
             )
-            draw_learning_curve(self._run)
+            self._draw_curve()
             write_json(self._run / RESULT, {"best": best, "steps": progress.step, "identity": self._identity})
             (self._run / STATE).unlink(missing_ok=True)
         return dict(self._processes.gather(best)[0])
+
+    def _best_in_words(self) -> str:
+        if not self._progress.best_step:
+            return ""
+        return f", best {self._task.score_name} {self._task.score_sign * self._progress.best_score:.4f}"
+
+    def _draw_curve(self) -> None:
+        draw_learning_curve(self._run / CURVE, read_records(self._run), self._task.score_name, self._task.score_sign)
 
     def _is_at_end(self) -> bool:
         return 0 < self._settings.patience <= self._progress.num_worse
@@ -270,6 +278,11 @@ class Trainer:
         self._model.eval()
         with torch.no_grad(), self._optimizer.computing():
             values = self._task.validate()
+        if not math.isfinite(values["score"]):
+            raise ValueError(
+                f"{self._run}: the validation's {self._task.score_name} is {values['score']} at step {progress.step}, expected a finite "
+                f"number; try a lower --learning_rate than {self._settings.learning_rate}, or --precision fp32"
+            )
         is_better = values["score"] > progress.best_score
         progress.num_worse = 0 if is_better else progress.num_worse + 1
         if is_better:
@@ -284,7 +297,7 @@ class Trainer:
         if progress.step < self._num_steps and not self._is_at_end():
             self._save_state()
         if metrics is not None:
-            draw_learning_curve(self._run)
+            self._draw_curve()
 
     def _save_state(self) -> None:
         tensors, facts = self._optimizer.state()
@@ -301,48 +314,13 @@ class Trainer:
         try:
             with safe_open(file, "pt") as stored:
                 facts = stored.metadata()
-            self._refuse_other(json.loads(facts["identity"]), file)
+            refuse_other(file, json.loads(facts["identity"]), self._identity, "training")
             self._optimizer.restore(file)
         except SafetensorError as error:
             raise ValueError(f"{file}: is damaged ({error}); remove it to train from the beginning") from None
         self._progress = _Progress(**json.loads(facts["progress"]))
 
-    def _refuse_other(self, identity: dict[str, Any], file: Path) -> None:
-        names = sorted(identity.keys() | self._identity.keys())
-        differing = [name for name in names if identity.get(name) != self._identity.get(name)]
-        if differing:
-            raise ValueError(
-                f"{file}: of a training with other settings ("
-                + ", ".join(f"{name} {identity.get(name)!r}, now {self._identity.get(name)!r}" for name in differing)
-                + "); give the same, or another --output"
-            )
-
 
 def read_result(run: Path) -> dict[str, Any] | None:
     """What a finished training came to; None where there is none."""
     return read_json(run / RESULT) if (run / RESULT).is_file() else None
-
-
-def draw_learning_curve(run: Path) -> None:
-    """Training loss and validation score against steps."""
-    records = read_records(run)
-
-    def draw(figure: Any) -> None:
-        loss, score = figure.subplots(2, 1, sharex=True)
-        for axes, kind, name in ((loss, "train", "loss"), (score, "validation", "score")):
-            points = [(r["step"], r[name]) for r in records if r["kind"] == kind]
-            axes.plot(*zip(*points, strict=True), marker="." if kind == "validation" else None)
-            axes.set_ylabel(f"{kind} {name}")
-        score.set_xlabel("step")
-
-    draw_figure(run / CURVE, draw)
-
-
-def draw_figure(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 5)) -> None:
-    """A PNG, whole."""
-    from matplotlib.figure import Figure  # here, because it takes its time to import
-
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure)
-    with unfinished_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)

@@ -21,9 +21,12 @@ import torch
 from data_prep.files import read_json
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from finetune.model import KINDS, load_model, model_folder, model_kind
+from finetune.seq2seq_model import Seq2SeqModel
 from pretrain.checkpoint import MANIFEST, checkpoints_folder
 from pretrain.export import (
     CONFIG,
+    FORMAT,
     POOLER,
     TIED,
     StoredModel,
@@ -84,7 +87,7 @@ class _Found:
 def load_pretrained(
     path: Path, *, tokenizer: Path | None = None, max_positions: int | None = None, dropout: float | None = None
 ) -> Pretrained:
-    """The model in an export, a run's folder, a checkpoint, a run of `finetune.seq2seq`, or a folder or file of UniLM's or
+    """The model in an export, a run's folder, a checkpoint, a run of `finetune seq2seq`, or a folder or file of UniLM's or
     BERT's weights.
 
     `tokenizer` (a SentencePiece model, a .json of `import-tokenizer`, or a BERT vocab.txt) is for weights that have none
@@ -115,25 +118,29 @@ def read_pretrained(path: Path, *, tokenizer: Path | None = None) -> tuple[Store
         if is_export(path):
             return read_export(path), ()
         return (read_run(path) if is_run else read_run(path.parent.parent, checkpoint=path)), ()
-    if (fine_tuned := _read_seq2seq(path)) is not None:
-        return fine_tuned, ()
+    if (kind := fine_tuned_kind(path)) == Seq2SeqModel.kind:
+        return _read_seq2seq(path), ()
+    if kind is not None:
+        raise ValueError(
+            f"{path}: is {KINDS[kind]}; expected a pre-trained model, or one that `python -m finetune seq2seq` wrote"
+        )
     return _read_foreign(path, tokenizer)
 
 
-def _read_seq2seq(path: Path) -> StoredModel | None:
-    """What `python -m finetune.seq2seq` wrote, which is a PMLM as well; None for anything else."""
-    from finetune.model import Seq2SeqModel, load_model, model_folder  # here, as a trainer is not needed for the others
-
+def fine_tuned_kind(path: Path) -> str | None:
+    """Return the kind of a fine-tuned model, as config.json names it; None if `path` holds none."""
     try:
-        folder = model_folder(path)
-        config = read_json(folder / CONFIG)
+        kind = model_kind(path)
     except (OSError, ValueError):
         return None
-    if not isinstance(config, dict) or config.get("format") != Seq2SeqModel.kind:
-        return None
-    model, tokenizer, _ = load_model(folder, Seq2SeqModel)
+    return kind if kind != FORMAT else None
+
+
+def _read_seq2seq(path: Path) -> StoredModel:
+    """Return what `python -m finetune seq2seq` wrote, which is a PMLM as well."""
+    model, tokenizer, _ = load_model(path, Seq2SeqModel)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return StoredModel(folder, model.config, weights, tokenizer)
+    return StoredModel(model_folder(path), model.config, weights, tokenizer)
 
 
 def with_head(stored: StoredModel) -> StoredModel:
@@ -208,9 +215,18 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     else:
         try:
             weights = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
+            what = f"objects of {found[1] or found[2]}" if found else "something else, or is damaged"
+            raise ValueError(
+                f"{file}: expected tensors only, as torch saves them, and it holds {what}; files are never run as code: save the tensors "
+                "(`state_dict()`) of the model in it anew, where you trust it, or get another file"
+            ) from None
+        except (RuntimeError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else "it is empty"
-            raise ValueError(f"{file}: not weights alone as torch saves them ({reason})") from None
+            raise ValueError(
+                f"{file}: not a complete file of tensors as torch saves them ({reason}); get or make it again"
+            ) from None
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{file}: expected tensors by name, found {type(weights).__name__}, which holds other things")
     return dict(weights)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.console import ArgumentParser, add_flags, describe_error, flag_values
 from data_prep.shards import DataSet
 from pretrain.attention import AttentionBackend
 from pretrain.cloze import ClozePrompts, read_prompts
+from pretrain.compiler import compiler_fault
+from pretrain.device import Speeds
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Objective
 from pretrain.model import ModelSize, PMLMConfig
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,19 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
     numbers = parser.add_argument_group("model", "single numbers of the model, in place of those of its --model size")
     add_flags(numbers, PMLMConfig, only=MODEL_NUMBERS, optional=True)
     parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher, not used")
+    parser.add_argument(
+        "--check_for_ranks",
+        type=int,
+        metavar="N",
+        help="only check the flags and the DeepSpeed JSON for N ranks on this machine, before there are data, and end",
+    )
+    parser.add_argument(
+        "--check_for_tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --check_for_ranks: samples will have up to N tokens",
+    )
     return parser
 
 
@@ -139,42 +157,76 @@ def model_faults(
     return faults
 
 
-def check_inputs(args: Any, world_size: int) -> Inputs:
-    """Everything that a run needs, or one ValueError that lists all that is wrong."""
-    faults: list[str] = []
+def check_inputs(args: Any, world_size: int, device: Speeds | None) -> Inputs:
+    """Return everything that a run needs. Raises ValueError that lists all that is wrong.
 
-    def checked(make: Any) -> Any:
+    `device`: the precisions that the run's device has, or None if the run will not be on this host.
+    """
+    checks = _Checks(args, world_size, device)
+    data = checks.attempt(lambda: DataSet(args.data))
+    vocab_size = data.tokenizer.vocab_size if data else 1
+    model = checks.attempt(lambda: model_of(args, vocab_size))
+    if model:
+        checks.faults += model_faults(model, args.attention, args.data, data.max_length_tokens if data else 0)
+    config, cloze = checks.config, None
+    if config and data and model and config.objective.has_ae:
+        cloze = checks.attempt(lambda: read_prompts(config.cloze_prompts, data.tokenizer, model.max_positions))
+    if checks.faults or not (data and model and checks.sizes and checks.total_steps):
+        raise ValueError("; ".join(checks.faults))
+    return Inputs(config, checks.deepspeed, checks.sizes, data, model, checks.total_steps, cloze)
+
+
+def check_flags(args: Any, world_size: int, device: Speeds | None) -> None:
+    """Check what can be checked before there is a data set. Raises ValueError that lists all that is wrong."""
+    if world_size < 1:
+        raise ValueError(f"--check_for_ranks is {world_size}, expected at least 1")
+    checks = _Checks(args, world_size, device)
+    if model := checks.attempt(lambda: model_of(args, vocab_size=1)):
+        checks.faults += model_faults(model, args.attention, None, args.check_for_tokens)
+    if checks.faults:
+        raise ValueError("; ".join(checks.faults))
+
+
+class _Checks:
+    """The settings that need no data, and the faults found so far."""
+
+    def __init__(self, args: Any, world_size: int, device: Speeds | None) -> None:
+        self.faults: list[str] = []
+        self.config: Any = self.attempt(
+            lambda: RunConfig(**flag_values(args, [field.name for field in fields(RunConfig)]))
+        )
+        self.deepspeed: Any = self.attempt(lambda: DeepSpeedConfig(args.deepspeed_config))
+        self.sizes = self.attempt(lambda: self.deepspeed.batch_sizes(world_size)) if self.deepspeed else None
+        self.total_steps: int | None = None
+        if self.config and self.config.cloze_prompts and not self.config.objective.has_ae:
+            self.faults.append(
+                "--cloze_prompts needs an objective with AE, which fills in masks, and --objective is "
+                f"{self.config.objective.value}"
+            )
+        if self.config and self.config.compile and (fault := compiler_fault()):
+            self.faults.append(f"--compile: {fault}")
+        if self.deepspeed:
+            self._check_recipe(args, device)
+
+    def attempt(self, make: Callable[[], _T]) -> _T | None:
+        """Return what `make` returns, or None after noting what is wrong."""
         try:
             return make()
         except (ValueError, OSError) as error:
-            faults.append(describe_error(error))
+            self.faults.append(describe_error(error))
             return None
 
-    config = checked(lambda: RunConfig(**flag_values(args, [field.name for field in fields(RunConfig)])))
-    deepspeed = checked(lambda: DeepSpeedConfig(args.deepspeed_config))
-    sizes = checked(lambda: deepspeed.batch_sizes(world_size)) if deepspeed else None
-    data = checked(lambda: DataSet(args.data))
-    vocab_size = data.tokenizer.vocab_size if data else 1
-    model = checked(lambda: model_of(args, vocab_size))
-    if model:
-        faults += model_faults(model, args.attention, args.data, data.max_length_tokens if data else 0)
-    cloze = None
-    if config and config.cloze_prompts and not config.objective.has_ae:
-        faults.append(
-            f"--cloze_prompts needs an objective with AE, which fills in masks, and --objective is {config.objective.value}"
-        )
-    elif config and data and model and config.objective.has_ae:
-        cloze = checked(lambda: read_prompts(config.cloze_prompts, data.tokenizer, model.max_positions))
-    total_steps = None
-    if deepspeed:
-        total_steps = args.max_steps or deepspeed.total_steps
-        if deepspeed.total_steps and total_steps > deepspeed.total_steps:
-            faults.append(
-                f"--max_steps {total_steps}: the schedule in {args.deepspeed_config} ends at total_num_steps "
-                f"{deepspeed.total_steps}, with a learning rate of 0; raise it there"
+    def _check_recipe(self, args: Any, device: Speeds | None) -> None:
+        recipe: DeepSpeedConfig = self.deepspeed
+        if device and (fault := recipe.precision_fault(device)):
+            self.faults.append(fault)
+        if recipe.offloads_optimizer and (fault := compiler_fault("ninja")):
+            self.faults.append(f"{recipe.path}: zero_optimization.offload_optimizer: {fault}")
+        self.total_steps = args.max_steps or recipe.total_steps
+        if self.total_steps is None:
+            self.faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")
+        elif recipe.total_steps and self.total_steps > recipe.total_steps:
+            self.faults.append(
+                f"--max_steps {self.total_steps}: the schedule in {args.deepspeed_config} ends at total_num_steps "
+                f"{recipe.total_steps}, with a learning rate of 0; raise it there"
             )
-        if total_steps is None:
-            faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")
-    if faults or sizes is None or total_steps is None:
-        raise ValueError("; ".join(faults))
-    return Inputs(config, deepspeed, sizes, data, model, total_steps, cloze)

@@ -26,13 +26,12 @@ from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
 from pretrain.checkpoint import checkpoints_folder
 from pretrain.config import Inputs, check_inputs, make_parser
 from pretrain.launchers import slurm_port, tasks_per_node
+from pretrain.local_ranks import default_ranks, gpus_to_use
 from pretrain.memory import checkpoint_bytes, num_parameters
-from pretrain.probe import num_gpus
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _LOOK_PATIENCE_S = 120
 _ALL_REDUCE_PATIENCE_S = 180
-_FIRST_RANKS_WITHOUT_GPU = 2
 _MAX_EPOCHS = 40
 _DEEPSPEED_PORT = 29500
 
@@ -125,7 +124,7 @@ def find_hosts(hostfile: Path | None) -> Hosts:
     """Those of the hostfile, else of the Slurm job this is in, else this machine."""
     if hostfile:
         return Hosts(read_hostfile(hostfile), "ssh")
-    ranks = num_gpus() or _FIRST_RANKS_WITHOUT_GPU
+    ranks = default_ranks(gpus_to_use())
     if "SLURM_JOB_ID" not in os.environ:
         return Hosts([Host("here", ranks)], "")
     listed = subprocess.run(
@@ -153,7 +152,7 @@ def examine(hosts: Hosts, args: Any) -> Iterator[Check]:
     inputs: Inputs | None = None
     if args.deepspeed_config:
         try:
-            inputs = check_inputs(args, hosts.world_size)
+            inputs = check_inputs(args, hosts.world_size, device=None)  # each host is asked below
             sizes = inputs.batch_sizes
             yield Check(
                 "settings", "ok",
@@ -224,13 +223,14 @@ def _of_hosts(hosts: Hosts, answers: list[dict[str, Any]], args: Any) -> Iterato
         sound = " ".join(f"{k} {v}" for k, v in expected.items()) if isinstance(expected, dict) else expected[:12]
         yield row(f"same {value}", unlike, sound, remedies[value])
     cures = {
-        "compilers": "./setup.sh; CXX in .deepspeed_env names another compiler",
+        "torch's build": "./setup.sh on that host takes the build that suits its GPUs",
         "shared folder": f"{args.run} must be on a file system that all hosts share (NFS, Lustre), not on each one's own disk",
         "data": "`python -m data_prep verify` there tells more; put the file back, or build it anew",
         "ports": "another --master_port, or end what listens there: `ss -ltnp`",
+        "precision": '"enabled": "auto" under fp16 and bf16 of the DeepSpeed JSON takes what every host has',
     }
     for check, cure in cures.items():
-        if check != "data" or "data" in first["values"]:
+        if check not in ("data", "precision") or "data" in first["values"]:
             faults = {name: answer["faults"][check] for name, answer in there.items() if check in answer["faults"]}
             yield row(check, faults, "as they must be", cure)
 
@@ -269,7 +269,8 @@ def _of_run(inputs: Inputs | None, args: Any) -> Iterator[Check]:
         yield Check("samples", "warning", found, remedy)
     else:
         yield Check("samples", "ok", found)
-    size = checkpoint_bytes(num_parameters(inputs.model), inputs.deepspeed.precision)
+    precision = inputs.deepspeed.allowed_precisions[-1]  # the widest, if the devices decide
+    size = checkpoint_bytes(num_parameters(inputs.model), precision)
     kept = len([*checkpoints_folder(args.run).glob("step*")])
     num_more = max(1, inputs.config.keep_last + 1 - kept)
     free = shutil.disk_usage(args.run).free
@@ -301,12 +302,10 @@ def _all_reduce(hosts: Hosts, answers: list[dict[str, Any]], args: Any) -> Check
             "all-reduce", "FAILED", "; ".join(faults),
             "open the port between the hosts; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME in .deepspeed_env chooses the network",
         )  # fmt: skip
-    missing = [host.name for host, result in zip(hosts.hosts, results, strict=True) if not result["is_built"]]
-    note = f"; the fused Adam is still to be compiled on {', '.join(missing)}: about a minute" if missing else ""
     if num_hosts == 1:
-        return Check("all-reduce", "ok", f"{results[0]['backend']} starts; one host{note}")
+        return Check("all-reduce", "ok", f"{results[0]['backend']} starts; one host")
     rate = min(result["bytes_per_s"] for result in results)
-    return Check("all-reduce", "ok", f"{results[0]['backend']}, {rate / 1e9:.2f} GB/s between {num_hosts} hosts{note}")
+    return Check("all-reduce", "ok", f"{results[0]['backend']}, {rate / 1e9:.2f} GB/s between {num_hosts} hosts")
 
 
 def table(checks: Sequence[Check]) -> str:

@@ -6,6 +6,7 @@ itself ignores keys it does not know, so a misspelt one would change a run witho
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 from collections.abc import Mapping
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import read_json
+from pretrain.device import Precision, Speeds
 
 _ADAM_TYPES = ("adam", "adamw")
+_HALF_PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
 _BATCH_SIZE_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _ANY: frozenset[str] | None = None  # DeepSpeed's own schema of the section refuses unknown keys
 
 _SECTIONS: dict[str, frozenset[str] | None] = {
     "optimizer": frozenset({"type", "params"}),
     "optimizer.params": frozenset(
-        {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "bias_correction"}
+        {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "bias_correction"}
     ),
     "scheduler": frozenset({"type", "params"}),
     "scheduler.params": frozenset({
@@ -63,7 +66,9 @@ class DeepSpeedConfig:
         Raises FileNotFoundError, or ValueError that lists every fault of the file.
         """
         if not path.is_file():
-            raise FileNotFoundError(2, "no such DeepSpeed configuration; ds_configs/ has some", str(path))
+            raise FileNotFoundError(
+                2, "no such DeepSpeed configuration (this program's folder ds_configs has some)", str(path)
+            )
         self.path = path
         self.values: dict[str, Any] = read_json(path)
         if not isinstance(self.values, dict):
@@ -79,10 +84,42 @@ class DeepSpeedConfig:
         return steps
 
     @property
-    def precision(self) -> str:
-        """fp16, bf16 or fp32."""
-        enabled = [name for name in ("fp16", "bf16") if self.values.get(name, {}).get("enabled")]
-        return enabled[0] if enabled else "fp32"
+    def allowed_precisions(self) -> tuple[Precision, ...]:
+        """The precisions that the file leaves to the device by `"enabled": "auto"`, else the one that it names."""
+        enabled = {name: self.values.get(name, {}).get("enabled", False) for name in _HALF_PRECISIONS}
+        for name, is_enabled in enabled.items():
+            if is_enabled is True:
+                return (name,)
+        return (*(name for name, is_enabled in enabled.items() if is_enabled == "auto"), "fp32")
+
+    @property
+    def precision(self) -> Precision:
+        """fp16, bf16 or fp32. Raises ValueError if it is still left to the device, see `with_precision`."""
+        if len(self.allowed_precisions) > 1:
+            raise ValueError(f"{self.path}: the precision is left to the device")
+        return self.allowed_precisions[0]
+
+    def with_precision(self, precision: Precision) -> DeepSpeedConfig:
+        """Return a copy that enables this one of `allowed_precisions` and no other."""
+        assert precision in self.allowed_precisions
+        decided = copy.copy(self)
+        decided.values = dict(self.values)
+        for name in _HALF_PRECISIONS:
+            if name in self.values:
+                decided.values[name] = {**self.values[name], "enabled": name == precision}
+        return decided
+
+    def precision_fault(self, speeds: Speeds) -> str | None:
+        """Return why a device cannot train in the precision that the file names, with the ways out, or None."""
+        allowed = self.allowed_precisions
+        fault = speeds.missing(allowed[0]) if len(allowed) == 1 else None
+        return f"{self.path}: {allowed[0]}.enabled: {fault}" if fault else None
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state is kept in the host's memory, which takes DeepSpeed's own optimizer."""
+        offload = self.values["zero_optimization"].get("offload_optimizer") or {}
+        return bool(offload.get("device", "none") != "none")
 
     def batch_sizes(self, world_size: int) -> BatchSizes:
         """The three sizes from the one to three that are given. Raises ValueError where they do not fit the ranks.
@@ -186,13 +223,32 @@ def _recipe_faults(values: dict[str, Any]) -> list[str]:
             faults.append(f"{section}: expected an object with type and params")
     if not faults and str(values["optimizer"]["type"]).lower() not in _ADAM_TYPES:
         faults.append(f"optimizer.type: expected Adam or AdamW, found {values['optimizer']['type']!r}")
+    elif not faults and values["optimizer"]["params"].get("bias_correction", True) is not True:
+        faults.append("optimizer.params.bias_correction: expected true or no such key; Adam is made with it only")
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         faults.append(f"zero_optimization.stage: expected 1, 2 or 3, found {stage!r}")
-    if all(values.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
-        faults.append("fp16 and bf16 are both enabled; choose one")
+    faults += _precision_faults(values, stage)
     if "gradient_clipping" not in values:
         faults.append(
             "gradient_clipping is missing, and DeepSpeed would clip at 1.0; state it (the paper's recipe: 0.0, off)"
+        )
+    return faults
+
+
+def _precision_faults(values: dict[str, Any], stage: Any) -> list[str]:
+    enabled = {name: values.get(name, {}).get("enabled", False) for name in _HALF_PRECISIONS}
+    faults = [
+        f'{name}.enabled: expected true, false or "auto", found {found!r}'
+        for name, found in enabled.items()
+        if found not in (True, False, "auto") or (isinstance(found, (int, float)) and not isinstance(found, bool))
+    ]
+    if all(found is True for found in enabled.values()):
+        faults.append("fp16 and bf16 are both enabled; choose one")
+    accumulation = values.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 1 and enabled["bf16"] in (True, "auto") and accumulation == "fp32":
+        faults.append(
+            "zero_optimization.stage 1, bf16 and data_types.grad_accum_dtype fp32 do not go together: DeepSpeed would use "
+            "another optimizer, whose checkpoints this program does not read; take stage 2, or leave grad_accum_dtype out"
         )
     return faults

@@ -1,72 +1,49 @@
-"""DeepSpeed behind one small class. The only file that imports it."""
+"""DeepSpeed in one small class. The only file that imports it."""
 
 from __future__ import annotations
 
-import copy
-import datetime
 import hashlib
+import importlib
 import os
-import platform
-import re
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.adam import FusedAdam
+from deepspeed.runtime import compiler
 from pydantic import ValidationError
-from torch import distributed, nn
+from torch import nn
 
-from data_prep.console import available_cores, describe_error
+from data_prep.console import describe_error
+from pretrain.distributed import current_device, gather, leave_ranks, rank, world_size
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
-from pretrain.launchers import find_place, take_place
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses, has_weight_decay
 from pretrain.partitions import MOMENTS, WEIGHT, Partitions
-from pretrain.probe import is_abandoned
-
-_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def init_distributed() -> None:
-    """Join the other ranks as the launcher's environment says; alone where there was no launcher.
+def _import_muon_without_compiler() -> None:
+    """Import DeepSpeed's Muon optimizer so that it does not load torch's compiler.
 
-    Raises ValueError where the environment lacks something.
+    `deepspeed.initialize` imports it, nothing here uses it, and the compiler takes two seconds of every start.
     """
-    place = take_place()
-    scripts = str(Path(sys.executable).parent)  # ninja's, where ssh brought no environment along
-    os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    if get_accelerator().device_name() == "cpu":
-        torch.set_flush_denormal(True)  # before there are other threads; products of denormals take many times longer
-        # Its shared-memory collectives take a minute to compile and leak 69 MB of /dev/shm a rank, for the same bits.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if place.is_one_host:  # gloo hangs where the host's name means 127.0.1.1, as on Debian
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, available_cores() // place.local_size))
-    else:
-        if get_accelerator().device_count() == 1:  # a scheduler may show each rank its own GPU alone
-            os.environ["LOCAL_RANK"] = "0"
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False, timeout=_COLLECTIVE_TIMEOUT)
+    make_decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):  # of a version of DeepSpeed without it
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = make_decorator
 
 
-def fused_adam_build() -> tuple[bool, Path]:
-    """Whether DeepSpeed's fused Adam is compiled already, and its folder.
+_import_muon_without_compiler()
 
-    Raises ValueError for the lock of a compilation that was killed: every later one would wait for it for ever.
-    """
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory("fused_adam", verbose=False))
-    lock = folder / "lock"
-    if is_abandoned(lock, is_one_host=find_place().is_one_host):
-        raise ValueError(f"{lock}: left over from a compilation that was killed; delete this file and start again")
-    return (folder / "fused_adam.so").exists(), folder
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""The attributes of DeepSpeed's dynamic loss scaler that change while it works. Its others are settings of the JSON."""
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -78,12 +55,25 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decay, "name": "decay"}, {"params": no_decay, "name": "no_decay", "weight_decay": 0.0}]
 
 
+def make_optimizer(groups: list[dict[str, Any]], section: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return torch's fused Adam or AdamW as the `optimizer` section of the DeepSpeed JSON describes it.
+
+    As in DeepSpeed, the type Adam means decoupled weight decay (AdamW) unless its adam_w_mode is false. Torch's optimizer
+    is compiled already, is as fast as DeepSpeed's, and its steps after a resume have the same bits as without one.
+    """
+    settings = {key: value for key, value in section["params"].items() if key in ("lr", "betas", "eps", "weight_decay")}
+    is_decoupled = str(section["type"]).lower() == "adamw" or section["params"].get("adam_w_mode", True)
+    kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam
+    return kind(groups, fused=True, **{"weight_decay": 0.0, **settings})
+
+
 class SavedState(Protocol):
     """What an engine's state is restored from."""
 
     loss_scaler: dict[str, Any]
-    counters: dict[str, Any]
-    """Of Adam."""
+    """State of fp16's loss scaler; empty if another precision was trained in."""
+    num_updates: int
+    """Steps that Adam had made."""
 
     @property
     def has_moments(self) -> bool:
@@ -99,24 +89,34 @@ _S = TypeVar("_S", bound=SavedState)
 class Engine:
     """A model under DeepSpeed: forward, backward, step, checkpoint, and sums over the ranks.
 
-    Cures two defects of DeepSpeed 0.19, each kept necessary by a test: see `_defer_loss_scale_update` and
-    `_forget_adam_powers`.
+    Cures a defect of DeepSpeed 0.19, which a test shows to be there still: see `_defer_loss_scale_update`.
     """
 
     def __init__(self, model: nn.Module, config: DeepSpeedConfig, groups: list[dict[str, Any]] | None = None) -> None:
-        """`groups`: the optimizer's, else those of `parameter_groups`. Raises ValueError for a configuration that DeepSpeed
-        refuses."""
-        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        """Give `model` to DeepSpeed. `groups`: the optimizer's parameter groups, by default those of `parameter_groups`.
+
+        Raises ValueError for a configuration that DeepSpeed refuses.
+        """
+        self.rank, self.world_size = rank(), world_size()
         self.batch_sizes: BatchSizes = config.batch_sizes(self.world_size)
         values = {**config.values, **_three_sizes(self.batch_sizes)}
+        groups = groups or parameter_groups(model)
+        if config.offloads_optimizer:  # DeepSpeed then compiles its own, by programs that may be next to Python only
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        self._is_torch_optimizer = not config.offloads_optimizer
+        optimizer = make_optimizer(groups, values.pop("optimizer")) if self._is_torch_optimizer else None
+        # On CPUs, DeepSpeed's shared-memory collectives need a compiler and leak 69 MB a rank, for the same bits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         try:
             self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
-                model=model, model_parameters=groups or parameter_groups(model), config=values
+                model=model, model_parameters=groups, optimizer=optimizer, config=values
             )
         except ValidationError as error:
             faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ValueError(f"{config.path}: {'; '.join(faults)}") from None
-        self.device = torch.device(get_accelerator().current_device_name())
+        self.device = current_device()
+        self.precision = config.precision
         self._is_fp16 = config.precision == "fp16"
         self._update_loss_scale = _defer_loss_scale_update(self._optimizer)
         self._optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard tells, and goes back
@@ -211,20 +211,11 @@ class Engine:
         self._engine.backward(loss * (self.world_size * self.batch_sizes.accumulation_steps))
 
     def step(self) -> None:
-        """End a micro batch; behind the last one of a step, update the weights."""
-        _forget_adam_powers(self._optimizer)
+        """End a micro batch. After the last one of a step, update the weights."""
         self._engine.step()
         self._update_loss_scale()
 
     # ---- what is measured
-
-    @property
-    def device_name(self) -> str:
-        """The GPU's, or the processor's."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return match[1] if match else platform.machine()
 
     def take_peak_memory_bytes(self) -> int:
         """The most that was allocated on the GPU since this was last asked; 0 without one."""
@@ -238,31 +229,6 @@ class Engine:
         """Name, value and place of each, for the monitors of the DeepSpeed JSON; called by rank 0."""
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events(events)
-
-    # ---- between ranks
-
-    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The values summed over all ranks, elementwise, in fp64 and on the device."""
-        total = values.to(self.device, torch.float64, copy=True)
-        distributed.all_reduce(total)
-        return total
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(values, value)
-        return values
-
-    def from_rank_0(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        box = [value]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    @staticmethod
-    def ranks_store() -> Any:
-        """A new connection to the key-value store in which the ranks met, for a thread of its own: no collectives."""
-        return distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
     # ---- checkpoints
 
@@ -322,7 +288,7 @@ class Engine:
             self._restore_partitions(saved)
         except (OSError, ValueError) as error:
             failure = describe_error(error)
-        if failure := next((failure for failure in self.gather(failure) if failure), None):
+        if failure := next((failure for failure in gather(failure) if failure), None):
             raise ValueError(failure)
         if self.zero_stage == 3:
             for sub_group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
@@ -330,8 +296,11 @@ class Engine:
             self._optimizer.checkpoint_event_epilogue()
         else:
             self._optimizer.update_lp_params()
-        if self._is_fp16:
-            vars(self._optimizer.loss_scaler).update(saved.loss_scaler | {"raise_error_at_min_scale": False})
+        scaler, found = self._optimizer.loss_scaler, saved.loss_scaler
+        if found.keys() >= set(_LOSS_SCALER_STATE) <= vars(scaler).keys():  # both are dynamic
+            vars(scaler).update({name: found[name] for name in _LOSS_SCALER_STATE})
+            scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
+            scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
         return saved
 
     def _restore_partitions(self, saved: SavedState) -> None:
@@ -344,7 +313,9 @@ class Engine:
             optimizer.fp32_partitioned_groups_flat if is_cut_by_weight else optimizer.single_partition_of_fp32_groups
         ):
             if saved.has_moments:
-                state[flat] = copy.deepcopy(saved.counters) | {kind: torch.zeros_like(flat) for kind in kinds}
+                step = torch.tensor(float(saved.num_updates), device=flat.device)
+                moments = {kind: torch.zeros_like(flat) for kind in kinds}
+                state[flat] = {"step": step if self._is_torch_optimizer else saved.num_updates, **moments}
         if not is_cut_by_weight:
             optimizer._hp_optimizer_states_linked = False
             if saved.has_moments:
@@ -380,9 +351,9 @@ class Engine:
 
     @property
     def loss_scaler_state(self) -> dict[str, Any]:
-        """fp16's loss scale with its counters, for `SavedState`."""
-        state = vars(self._optimizer.loss_scaler).items()
-        return {name: value for name, value in state if isinstance(value, (int, float))} if self._is_fp16 else {}
+        """State of fp16's dynamic loss scaler, for `SavedState`; empty if there is none."""
+        scaler = vars(self._optimizer.loss_scaler)
+        return {name: scaler[name] for name in _LOSS_SCALER_STATE if name in scaler}
 
     def release(self) -> None:
         """Give up what the engine holds; the ranks stay together."""
@@ -391,8 +362,7 @@ class Engine:
     def close(self) -> None:
         """Leave the other ranks."""
         self.release()
-        distributed.barrier()
-        distributed.destroy_process_group()
+        leave_ranks()
 
 
 def _three_sizes(sizes: BatchSizes) -> dict[str, int]:
@@ -418,18 +388,3 @@ def _defer_loss_scale_update(optimizer: Any) -> Callable[[], None]:
             update(pending.popleft())
 
     return apply
-
-
-def _forget_adam_powers(optimizer: Any) -> None:
-    """Make the CPU FusedAdam compute beta**step afresh each step.
-
-    It multiplies its running powers of beta instead, whose rounding a resumed process, starting with pow(), does not
-    repeat. An update with another step number, of one zero and at learning rate 0, makes it forget them.
-    """
-    adam = optimizer.optimizer
-    if isinstance(adam, FusedAdam) and get_accelerator().device_name() == "cpu":
-        nothing = [[torch.zeros(1)] for _ in range(4)]
-        beta1, beta2 = adam.param_groups[0]["betas"]
-        adam.multi_tensor_adam(
-            2048 * 32, adam._dummy_overflow_buf, nothing, 0.0, beta1, beta2, 1.0, 2**30, adam.adam_w_mode, 1, 0.0
-        )

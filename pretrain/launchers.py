@@ -6,7 +6,9 @@ are made one, before anything expensive starts.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import random
 import re
 import socket
 import sys
@@ -34,15 +36,15 @@ class Place:
     local_rank: int = 0
     """Number among the ranks of its host: the number of its GPU."""
     world_size: int = 1
-    local_size: int = 1
-    """Ranks of its host."""
+    local_size: int | None = 1
+    """Ranks of its host; None if the environment does not say and there may be several hosts (`join_ranks` counts them)."""
     master_addr: str = _HERE
     """Where rank 0 is to be reached."""
     master_port: int = 0
 
     @property
     def is_one_host(self) -> bool:
-        """Whether all ranks are on this host."""
+        """Whether all ranks are known to be on this host; every rank comes to the same answer."""
         return self.local_size == self.world_size
 
 
@@ -55,10 +57,13 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     if launcher is None:
         return Place()
     rank, local_rank, world_size = (_number(environ, name, launcher) for name in _NAMES[launcher])
-    local_size = _local_size(environ, launcher, world_size)
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if world_size == 1 and not (address and port):
         return Place()
+    local_size = _local_size(environ, launcher, world_size)
+    if local_size is None and (world_size == 1 or not address or _is_loopback(address)):
+        local_size = world_size  # no other host could reach rank 0
+    is_one_host = local_size == world_size
     if launcher == "torch":
         if not address or not port:
             raise ValueError(
@@ -66,7 +71,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
                 "torchrun, srun or mpirun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             )
     elif launcher == "srun":
-        if not address and local_size < world_size:
+        if not address and not is_one_host:
             raise ValueError(
                 "srun does not tell where rank 0 is: "
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
@@ -74,23 +79,50 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
         address = address or _HERE
         port = port or str(slurm_port(_number(environ, "SLURM_JOB_ID", launcher)))
     elif not address or not port:
-        address, port = _agreed_by_mpi(rank, local_size == world_size)
+        address, port = _agreed_by_mpi(rank, is_one_host)
     return Place(rank, local_rank, world_size, local_size, address, _port(port))
 
 
 def take_place() -> Place:
-    """`find_place`, and its place written into the environment where torch and DeepSpeed look for it."""
+    """Return `find_place()`, written into the environment too, where torch and DeepSpeed look for it."""
     place = find_place()
     os.environ |= {
-        "RANK": str(place.rank), "LOCAL_RANK": str(place.local_rank), "WORLD_SIZE": str(place.world_size),
-        "LOCAL_SIZE": str(place.local_size), "MASTER_ADDR": place.master_addr, "MASTER_PORT": str(place.master_port),
-    }  # fmt: skip
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world_size),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+    }
+    if place.local_size is not None:
+        os.environ["LOCAL_SIZE"] = str(place.local_size)
     return place
 
 
 def slurm_port(job: int) -> int:
     """Where rank 0 of a Slurm job listens: jobs that share a node do not meet."""
     return _FIRST_PORT + job % _NUM_PORTS
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens, below those that the kernel gives to outgoing connections.
+
+    It is drawn at random, so that two runs that start together do not take the same one. Raises ValueError if none is found.
+    """
+    for port in random.sample(range(_FIRST_PORT, _FIRST_PORT + _NUM_PORTS), 100):
+        if not port_fault(port):
+            return port
+    raise ValueError(f"no free port found from {_FIRST_PORT} to {_FIRST_PORT + _NUM_PORTS}; give one by --master_port")
+
+
+def port_fault(port: int) -> str | None:
+    """Return why nobody could listen on the port now, or None."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return f"port {port}: {error.strerror}"
+    return None
 
 
 def in_slurm_step(environ: Mapping[str, str] = os.environ) -> bool:
@@ -116,12 +148,20 @@ def _number(environ: Mapping[str, str], name: str, launcher: str) -> int:
     return int(value)
 
 
-def _local_size(environ: Mapping[str, str], launcher: str, world_size: int) -> int:
+def _local_size(environ: Mapping[str, str], launcher: str, world_size: int) -> int | None:
+    """Return the number of ranks of this host, or None if the environment does not say."""
     if launcher == "srun":
         counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", str(world_size))
         return tasks_per_node(counts)[int(environ.get("SLURM_NODEID", 0))]
     given = next((name for name in _LOCAL_SIZES if environ.get(name)), None)
-    return _number(environ, given, launcher) if given else world_size
+    return _number(environ, given, launcher) if given else None
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost" or address.startswith("localhost.")
 
 
 def _program() -> str:
@@ -159,6 +199,12 @@ def _agreed_by_mpi(rank: int, is_one_host: bool) -> tuple[str, str]:
     agreed: tuple[str, str] = MPI.COMM_WORLD.bcast(mine)
     MPI.Finalize()  # now, because a rank may leave without it later
     return agreed
+
+
+def host_identity() -> str:
+    """Return a text that all ranks of this host have in common, and no other host has."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def own_address() -> str:

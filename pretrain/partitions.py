@@ -55,13 +55,13 @@ class Partitions:
         adam = [s["optimizer_state_dict" if is_cut_by_weight else "base_optimizer_state"]["state"] for s in states]
         self._rows: dict[str, list[list[torch.Tensor]]] = {WEIGHT: weights}
         """By kind: a row of tensors of each rank."""
-        self.counters: dict[str, Any] = {}
-        """What Adam keeps beside its moments: its number of steps. Empty, as they, before its first step."""
+        self.num_updates = 0
+        """Steps that Adam had made."""
         if adam[0]:
             in_order = [[state for _, state in sorted(a.items())] for a in adam]
             for kind in MOMENTS:
                 self._rows[kind] = [[state[kind] for state in rank] for rank in in_order]
-            self.counters = {key: value for key, value in in_order[0][0].items() if key not in MOMENTS}
+            self.num_updates = int(in_order[0][0]["step"])  # a number of DeepSpeed's Adam, a tensor of torch's
         self.aliases: dict[str, str] = dict(self.model_states["shared_params"])
         """Names of weights that are others' too."""
         self.shapes: dict[str, torch.Size] = {}

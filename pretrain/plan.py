@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import takewhile
 from pathlib import Path
@@ -27,6 +27,7 @@ from data_prep.shards import CHUNK_SAMPLES, DataSet, SampleBatch, concatenate
 from pretrain.attention import AttentionBackend, choose_backend
 from pretrain.communication import Network, Traffic
 from pretrain.config import MODEL_NUMBERS, RunConfig, model_faults, model_of
+from pretrain.device import Precision
 from pretrain.ds_config import DeepSpeedConfig
 from pretrain.flops import step_flops
 from pretrain.gpus import GPUS, Gpu
@@ -34,6 +35,7 @@ from pretrain.layout import Layout, Objective, pseudo_masked_layout
 from pretrain.memory import Memory, checkpoint_bytes, num_parameters, number_bytes, passing, states
 from pretrain.model import PMLMConfig
 
+_PAPERS_RECIPE = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 STAGES = (0, 1, 2, 3)
 SCALING_GPUS = tuple(2**power for power in range(11))
 _RUN_FLAGS = (
@@ -108,6 +110,10 @@ class Machines:
     def network(self) -> Network:
         """For the model of communication."""
         return Network(self.gpus, self.kind.link_gb_per_s * 1e9, self.network_gb_per_s * 1e9)
+
+    def choose_precision(self, allowed: Sequence[Precision]) -> Precision:
+        """Return the precision that the GPU takes of those that the recipe leaves open."""
+        return next((p for p in allowed if self.gpu_tflops or p in self.kind.tflops), allowed[0])
 
     def flops_per_s(self, precision: str) -> float:
         """Of a GPU computing. Raises ValueError where it has no such precision."""
@@ -237,6 +243,7 @@ def make_plan(args: Any) -> Plan:
         faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")
     if faults:
         raise ValueError("; ".join(faults))
+    recipe = recipe.with_precision(machines.choose_precision(recipe.allowed_precisions))
     backend = choose_backend(True, config.dropout) if args.attention == "auto" else args.attention
     planner = _Planner(args, machines, recipe, samples, config, backend)
     return planner.plan()
@@ -462,8 +469,14 @@ def write(plan: Plan, folder: Path) -> tuple[Path, Path]:
 def make_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="python -m pretrain.plan", description=__doc__)
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/zero2.json"), metavar="JSON",
-                        help="the recipe: batch, steps, precision, ZeRO stage")  # fmt: skip
+    shipped, here = _PAPERS_RECIPE, Path.cwd()
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=shipped.relative_to(here) if shipped.is_relative_to(here) else shipped,
+        metavar="JSON",
+        help="the recipe: batch, steps, precision, ZeRO stage",
+    )
     parser.add_argument(
         "--data",
         type=Path,

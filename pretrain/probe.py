@@ -1,6 +1,6 @@
 """What `python -m pretrain.doctor` asks of each host: run there, a JSON object on stdin, another on stdout.
 
-Imports torch for the all-reduce alone, so that the rest takes a second.
+Imports torch only for the all-reduce, for a DeepSpeed JSON's precision and where there are GPUs; the rest takes a second.
 """
 
 from __future__ import annotations
@@ -10,33 +10,31 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from data_prep.console import describe_error
 from data_prep.files import sha256_of_file
 from data_prep.shards import CHUNK_SAMPLES, DataSet, manifest_path
-from pretrain.launchers import own_address
+from pretrain.launchers import own_address, port_fault
+from pretrain.local_ranks import gpus_to_use
+from pretrain.nvidia import devices, nvidia_smi
+from pretrain.torch_build import installed_fault
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "deepspeed", "numpy", "h5py")
 _CHUNKS_READ = 8
 _PAYLOAD_BYTES = 32 * 2**20
 _REPETITIONS = 3
-_STALE_LOCK_S = 600.0
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
         if fault:
             faults[check] = fault
 
-    note("compilers", lambda: "; ".join(missing_compilers()) or None)
+    note("torch's build", _gpu_fault)
     if "token" in request:
         note("shared folder", lambda: _token_fault(Path(request["run"]), request["token"]))
     if "data" in request:
@@ -65,16 +63,23 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     if "deepspeed_config" in request:
         path = Path(request["deepspeed_config"])
         values["DeepSpeed JSON"] = sha256_of_file(path) if path.is_file() else "absent"
-    note("ports", lambda: "; ".join(taken_ports(request.get("ports", []))) or None)
+        note("precision", lambda: _precision_fault(path))
+    for port in request.get("ports", []):
+        note("ports", partial(port_fault, port))
+    num_gpus = 0 if "torch's build" in faults else len(gpus_to_use())
     return {
-        "host": socket.gethostname(), "address": own_address(), "gpus": num_gpus(), "values": values, "faults": faults
-    }  # fmt: skip
+        "host": socket.gethostname(),
+        "address": own_address(),
+        "gpus": num_gpus,
+        "values": values,
+        "faults": faults,
+    }
 
 
 def code_hash() -> str:
-    """Of the Python files that a run is made of, names and bytes; not of the commit, which local changes do not show in."""
+    """Return a hash of the names and bytes of the Python files that a run is made of; the commit does not show local changes."""
     files = [
-        REPOSITORY / "run_pretrain.py",
+        *REPOSITORY.glob("run_pretrain.py"),
         *REPOSITORY.glob("data_prep/**/*.py"),
         *REPOSITORY.glob("pretrain/**/*.py"),
     ]
@@ -97,66 +102,25 @@ def versions() -> dict[str, str]:
         text = (Path(spec.submodule_search_locations[0]) / "version.py").read_text()
         match = re.search(r"^cuda[^=]*=\s*'([^']+)'", text, re.MULTILINE)
         found["CUDA"] = match[1] if match else "none"
-    found["driver"] = next(iter(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")), "none")
+    found["driver"] = next(iter(nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")), "none")
     return found
 
 
-def num_gpus() -> int:
-    """GPUs that a process here may use."""
-    return len(_nvidia_smi("--list-gpus"))
+def _precision_fault(path: Path) -> str | None:
+    """Return why this host cannot train in the precision of a DeepSpeed JSON, or None; other faults of it are found elsewhere."""
+    from pretrain.device import speeds
+    from pretrain.ds_config import DeepSpeedConfig
 
-
-def _nvidia_smi(*flags: str) -> list[str]:
     try:
-        done = subprocess.run(["nvidia-smi", *flags], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
-
-
-def missing_compilers() -> Iterator[str]:
-    """What the compilation of DeepSpeed's fused ops needs and is not there."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler, path=path):
-        yield f"no C++ compiler {compiler}"
-    if not shutil.which("ninja", path=path):
-        yield "no ninja"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        yield "no Python.h"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache)).glob("**/lock"):
-        if is_abandoned(lock):
-            yield f"{lock} is left over from a compilation that was killed, delete it"
-
-
-def is_abandoned(lock: Path, *, is_one_host: bool = False) -> bool:
-    """Whether a compilation of DeepSpeed's ops has left its lock: every later one would wait for it for ever.
-
-    The one that works holds it open. Where other hosts may share the folder, only its age tells.
-    """
-    found = _identity(lock)
-    if found is None:
-        return False
-    if time.time() - found[1] / 1e9 > _STALE_LOCK_S:
-        return True
-    return is_one_host and not _is_open(lock) and _identity(lock) == found
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
+        config = DeepSpeedConfig(path)
+    except (ValueError, OSError):
         return None
-    return status.st_ino, status.st_mtime_ns
+    return config.precision_fault(speeds())
 
 
-def _is_open(path: Path) -> bool:
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if any(file.path == str(path) for file in process.open_files()):
-                return True
-    return False
+def _gpu_fault() -> str | None:
+    """Return why torch cannot compute on the GPUs here, and the remedy, or None."""
+    return installed_fault(devices()) if gpus_to_use() else None
 
 
 def _token_fault(run: Path, token: str) -> str | None:
@@ -181,26 +145,14 @@ def sample_data(folder: Path) -> str | None:
     return None
 
 
-def taken_ports(ports: list[int]) -> Iterator[str]:
-    """The ports that nobody could listen on now."""
-    for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                yield f"port {port}: {error.strerror}"
-
-
 def all_reduce() -> dict[str, Any]:
     """Joins the others as a run does, and sums 32 MiB a few times; bytes a second over each host's wire."""
     import torch
     from torch import distributed
 
-    from pretrain.engine import fused_adam_build, init_distributed
+    from pretrain.distributed import join_ranks
 
-    is_built, _ = fused_adam_build()
-    init_distributed()
+    join_ranks()
     world_size = distributed.get_world_size()
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     payload = torch.ones(_PAYLOAD_BYTES // 4, device=device)
@@ -218,7 +170,7 @@ def all_reduce() -> dict[str, Any]:
     distributed.destroy_process_group()
     rate = 2 * (world_size - 1) / world_size * _PAYLOAD_BYTES / min(seconds)
     return {
-        "faults": {} if is_right else {"all-reduce": "the sum is wrong"}, "bytes_per_s": rate, "is_built": is_built,
+        "faults": {} if is_right else {"all-reduce": "the sum is wrong"}, "bytes_per_s": rate,
         "backend": "nccl" if device == "cuda" else "gloo",
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
 from data_prep.files import read_json, sha256_of_file
 from data_prep.shards import DataSet, manifest_path
+from pretrain import distributed
 from pretrain.batches import SampleOrder, Share, TrainingBatches
 from pretrain.checkpoint import SHARDS, Checkpoint, checkpoints_folder, read_checkpoint
 from pretrain.ds_config import DeepSpeedConfig
@@ -64,10 +65,10 @@ def _folder_name(fault: str) -> str:
 def _replay(
     about: dict[str, Any], checkpoint: Checkpoint, data: DataSet, config: DeepSpeedConfig, num_samples: int, console: IO[str]
 ) -> None:  # fmt: skip
-    from pretrain.engine import Engine, init_distributed
+    from pretrain.engine import Engine
     from pretrain.train import train_step
 
-    init_distributed()
+    distributed.join_ranks()
     identity, batch = about["identity"], about["identity"]["train_batch_size"]
     config.values = {key: value for key, value in config.values.items() if key not in _MONITORS}
     config.values.pop("gradient_accumulation_steps", None)
@@ -95,8 +96,8 @@ def _replay(
         place = behind(place, skipped)
         losses = _sample_losses(engine, singles.step(place), order.samples(place, place + batch)[1], data)
         micro_batches = batches.step(place)
-        num_targets = engine.sum_over_ranks(torch.tensor([sum(m.num_targets for m in micro_batches)]))
-        sums = engine.sum_over_ranks(train_step(engine, micro_batches, num_targets, identity["seed"]))
+        num_targets = distributed.sum_over_ranks(torch.tensor([sum(m.num_targets for m in micro_batches)]))
+        sums = distributed.sum_over_ranks(train_step(engine, micro_batches, num_targets, identity["seed"]))
         place += batch
         loss = float(sums[0] + sums[1]) / float(num_targets[0])
         say(f"step {engine.steps}  loss {loss:.6f}  gradient norm {engine.gradient_norm:.6g}")
@@ -118,7 +119,7 @@ def _sample_losses(engine: Any, layouts: list[Any], samples: Any, data: DataSet)
             text = data.tokenizer.decode(content.tokens_BL[0, : int(content.length_B[0])].tolist())
             loss = float(losses.ae_sum + losses.par_sum) / layout.num_targets
             own.append(SampleLoss(loss, sample, " ".join(text.split())[:_EXCERPT_CHARACTERS]))
-    return [sample for of_rank in engine.gather(own) for sample in of_rank]
+    return [sample for of_rank in distributed.gather(own) for sample in of_rank]
 
 
 def main() -> int:

@@ -16,11 +16,14 @@ from tqdm import tqdm
 from data_prep.console import describe_error, progress_bar
 from data_prep.files import sha256_of_file, write_whole
 from data_prep.shards import manifest_path
+from pretrain import distributed
 from pretrain.batches import BatchesAhead, SampleOrder, Share, TrainingBatches, validation_batches, validation_samples
-from pretrain.checkpoint import Checkpoint, CheckpointStore, SaveFailed, ranks_and_stage
+from pretrain.checkpoint import Checkpoint, SaveFailed, describe_layout
+from pretrain.checkpoint_store import CheckpointStore, find_checkpoint
 from pretrain.cloze import fill_in, in_markdown
 from pretrain.config import Inputs
-from pretrain.engine import Engine, fused_adam_build, init_distributed
+from pretrain.device import agreed_precision, device_name, speeds
+from pretrain.engine import Engine
 from pretrain.flops import step_flops
 from pretrain.guard import Guard, StepValues, Window, behind, new_fault_name, write_fault
 from pretrain.layout import Layout
@@ -39,11 +42,11 @@ def train(inputs: Inputs, console: IO[str]) -> None:
     Raises ValueError, on one rank or on all, for what the user can cure; RankLost where another rank is gone; SaveFailed
     where the last checkpoint could not be written.
     """
-    init_distributed()
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    distributed.join_ranks()
+    rank, world_size = distributed.rank(), distributed.world_size()
     config = inputs.config
     with (
-        Watch(Engine.ranks_store(), rank, world_size, config.watchdog_minutes, console) as watch,
+        Watch(distributed.ranks_store(), rank, world_size, config.watchdog_minutes, console) as watch,
         Stopping(config.max_hours) as stopping,
     ):
         try:
@@ -60,24 +63,23 @@ class Trainer:
     """A run: its engine, its place in the data, and what it writes about itself."""
 
     def __init__(self, inputs: Inputs, console: IO[str], watch: Watch, stopping: Stopping) -> None:
-        self._inputs, self._config, self._console = inputs, inputs.config, console
+        self._config, self._console = inputs.config, console
         self._watch, self._stopping = watch, stopping
+        self._is_main = distributed.rank() == 0
+        self._identity = run_identity(inputs)
+        checkpoint, passed_over = find_checkpoint(self._config.run, self._identity)
+        for line in passed_over:
+            self._say(line)
+        self._inputs = inputs = self._in_agreed_precision(inputs, checkpoint)
         torch.manual_seed(self._config.seed)
         model = PMLM(inputs.model, self._config.attention, self._config.activation_checkpointing)
         if self._config.compile:
             model.compile_layers()
         num_parameters = sum(p.numel() for p in model.parameters())  # here, as ZeRO stage 3 leaves empty ones
-        is_built, _ = fused_adam_build()
-        if not is_built and torch.distributed.get_rank() == 0:
-            print("compiling DeepSpeed's fused Adam: about a minute, once on this machine", file=console, flush=True)
         self._engine = Engine(model, inputs.deepspeed)
-        self._is_main = self._engine.rank == 0
         self._store = CheckpointStore(
-            self._config.run, self._engine, run_identity(inputs), self._config.keep_last, self._config.keep_every_steps
+            self._config.run, self._engine, self._identity, self._config.keep_last, self._config.keep_every_steps
         )
-        checkpoint, passed_over = self._store.find()
-        for line in passed_over:
-            self._say(line)
         self._guard = Guard(self._config.spike_deviations, self._config.spike_window_steps)
         self._skipped: list[Window] = []
         self._unjudged: tuple[StepValues, torch.Tensor, bool, bool] | None = None
@@ -104,6 +106,24 @@ class Trainer:
             write_plan(self._config.run, inputs.total_steps)
         self._report_start(num_parameters, checkpoint is not None)
 
+    def _in_agreed_precision(self, inputs: Inputs, checkpoint: Checkpoint | None) -> Inputs:
+        """Return the inputs with the precision decided, by the devices of all ranks if the DeepSpeed JSON leaves it open."""
+        recipe, own = inputs.deepspeed, speeds()
+        if len(recipe.allowed_precisions) == 1:
+            return inputs
+        of_ranks = distributed.gather(own)
+        saved = checkpoint.precision if checkpoint else None
+        precision = agreed_precision(of_ranks, recipe.allowed_precisions, saved)
+        why = (
+            "as in the checkpoint"
+            if precision == saved
+            else f"auto: {own.reason}"
+            if precision == own.precisions[0]
+            else "auto: of all ranks' devices"
+        )
+        self._say(f"precision {precision} ({why})")
+        return replace(inputs, deepspeed=recipe.with_precision(precision))
+
     def _batches_ahead(self) -> BatchesAhead:
         """The micro batches of the steps that are left."""
         has_one_shape = self._validation_has_one_shape and (self._config.compile or self._inputs.model.dropout == 0)
@@ -125,7 +145,7 @@ class Trainer:
             samples_consumed = start + self._share.train_batch
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        now = ranks_and_stage(self._engine.world_size, self._engine.zero_stage)
+        now = describe_layout(self._engine.world_size, self._engine.zero_stage, self._engine.precision)
         if checkpoint.written_by != now:
             self._say(f"resuming step {checkpoint.step}: saved by {checkpoint.written_by}, cut anew for {now}")
         self._store.load(checkpoint)
@@ -139,12 +159,12 @@ class Trainer:
         )
         if is_resumed:
             self._say(f"resumed from step {self._engine.steps} of {self._inputs.total_steps}")
-        hosts = self._engine.gather(socket.gethostname())
+        hosts = distributed.gather(socket.gethostname())
         if self._is_main:
             self._record("start", {
                 "resumed": is_resumed, "world_size": self._engine.world_size, "zero_stage": self._engine.zero_stage,
                 "num_parameters": num_parameters, "samples_consumed": self._samples_consumed,
-                **provenance(self._inputs, hosts, self._engine.device_name),
+                **provenance(self._inputs, hosts, device_name()),
             })  # fmt: skip
 
     def run(self) -> None:
@@ -196,7 +216,7 @@ class Trainer:
                     bar.set_postfix_str(f"{_short(values)} {speed['tokens_per_s']:,.0f} tokens/s", refresh=False)
                     step_time_s, data_wait_s, num_tokens, num_flops = 0.0, 0.0, 0, 0
                 is_save_due = self._is_due(self._config.save_every_steps, is_last)
-                if is_save_due and (fault := self._judge(self._engine.sum_over_ranks(self._unjudged_loss()))):
+                if is_save_due and (fault := self._judge(distributed.sum_over_ranks(self._unjudged_loss()))):
                     self._rewind(fault)
                     bar.n = self._engine.steps
                     continue
@@ -220,7 +240,7 @@ class Trainer:
         """The coming step's targets on all ranks, shape (1,); why all ranks are to stop before it, if they are; and what was
         wrong with the step before."""
         own = torch.tensor([sum(m.num_targets for m in micro_batches), *self._stopping.vote()], dtype=torch.float64)
-        total = self._engine.sum_over_ranks(torch.cat([self._unjudged_loss(), own.to(self._engine.device)]))
+        total = distributed.sum_over_ranks(torch.cat([self._unjudged_loss(), own.to(self._engine.device)]))
         return total[1:2], agreed_reason(total[2:].tolist()), self._judge(total[:1])
 
     def _note(self, sums: torch.Tensor, num_targets: torch.Tensor, is_at_smallest_scale: bool) -> None:
@@ -256,7 +276,7 @@ class Trainer:
         self._batches.close()
         self._store.finish()
         self._report_saves()
-        checkpoint, passed_over = self._store.find()
+        checkpoint, passed_over = find_checkpoint(self._config.run, self._identity)
         for line in passed_over:
             self._say(line)
         if checkpoint is None:
@@ -265,7 +285,7 @@ class Trainer:
                 "with --save_every_steps"
             )
         first = behind(checkpoint.samples_consumed, self._skipped)
-        name = self._engine.from_rank_0(new_fault_name(self._config.run, fault_step))
+        name = distributed.from_rank_0(new_fault_name(self._config.run, fault_step))
         window = Window(first, stop, checkpoint.step, name)
         failure = None
         if self._is_main:
@@ -273,7 +293,7 @@ class Trainer:
                 self._write_fault(window, reason, fault_step, checkpoint)
             except OSError as error:
                 failure = describe_error(error)
-        if failure := self._engine.from_rank_0(failure):
+        if failure := distributed.from_rank_0(failure):
             raise ValueError(f"step {fault_step}: {reason}; and it could not be recorded: {failure}")
         if len(self._skipped) >= self._config.max_rewinds:
             raise ValueError(
@@ -302,7 +322,7 @@ class Trainer:
         batch = self._share.train_batch
         write_fault(self._config.run, window, {
             "step": fault_step, "reason": reason, "samples_consumed": checkpoint.samples_consumed,
-            "skipped": [asdict(skipped) for skipped in self._skipped], "identity": run_identity(self._inputs),
+            "skipped": [asdict(skipped) for skipped in self._skipped], "identity": self._identity,
             "data": str(self._config.data.resolve()), "schedule_samples": self._inputs.schedule_samples, "attention": self._config.attention,
             "activation_checkpointing": self._config.activation_checkpointing, "world_size": self._share.world_size,
             "micro_batch": self._share.micro_batch, "recent_steps": self._guard.recent,
@@ -338,7 +358,7 @@ class Trainer:
                     sums[corpora.index(corpus), :4] += losses
                     sums[corpora.index(corpus), 4] += layout.num_targets
                 bar.update()
-        if float(self._engine.sum_over_ranks(torch.tensor([is_cut_short]))):
+        if float(distributed.sum_over_ranks(torch.tensor([is_cut_short]))):
             return  # the next start does it anew
         values: dict[str, Any] = self._means(sums.sum(dim=0))
         self._say(f"validation at step {self._engine.steps}: {_short(values)}")
@@ -360,7 +380,7 @@ class Trainer:
         is_done = self._is_main and any(
             record["kind"] == "validation" and record["step"] == step for record in read_records(self._config.run)
         )
-        return not self._engine.from_rank_0(is_done) and self._is_due(
+        return not distributed.from_rank_0(is_done) and self._is_due(
             self._config.validate_every_steps, step in (0, self._inputs.total_steps)
         )
 
@@ -408,7 +428,7 @@ class Trainer:
 
     def _means(self, sums: torch.Tensor) -> dict[str, float]:
         """Losses and accuracies per target, over all ranks."""
-        ae_sum, par_sum, ae_correct, par_correct, num_targets = self._engine.sum_over_ranks(sums).tolist()
+        ae_sum, par_sum, ae_correct, par_correct, num_targets = distributed.sum_over_ranks(sums).tolist()
         values: dict[str, float] = {}
         objective = self._config.objective
         if objective.has_ae:
@@ -431,7 +451,7 @@ class Trainer:
         own[:2] = torch.tensor([num_tokens, num_flops], dtype=torch.float64)
         own[2 + rank] = psutil.Process().memory_info().rss
         own[2 + world_size + rank] = self._engine.take_peak_memory_bytes()
-        total = self._engine.sum_over_ranks(own).cpu()
+        total = distributed.sum_over_ranks(own).cpu()
         host_bytes, device_bytes = (int(part.max()) for part in total[2:].split(world_size))
         values = {
             "tokens_per_s": round(float(total[0]) / seconds, 1), "flops_per_s": round(float(total[1]) / seconds),
@@ -469,7 +489,7 @@ def train_step(engine: Engine, micro_batches: list[Layout], num_targets: torch.T
 
 
 def run_identity(inputs: Inputs) -> dict[str, Any]:
-    """What must not change when a run is taken up again; the number of ranks and the ZeRO stage may."""
+    """Return what a resume must not change. Ranks, ZeRO stage and precision are no part of it."""
     return {
         "model": asdict(inputs.model),
         "objective": inputs.config.objective.value,
@@ -477,7 +497,6 @@ def run_identity(inputs: Inputs) -> dict[str, Any]:
         "data_sha256": sha256_of_file(manifest_path(inputs.data.folder)),
         "tokenizer_file": inputs.data.tokenizer.file_name,
         "tokenizer_sha256": inputs.data.tokenizer.sha256,
-        "precision": inputs.deepspeed.precision,
         "train_batch_size": inputs.batch_sizes.train_batch,
     }
 

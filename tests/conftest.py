@@ -26,9 +26,11 @@ from benchmarks.text import make_data, make_tokenizer
 from data_prep.parameters import BuildParameters
 
 LONGEST_FIRST = (
-    "test_readme.py", "test_run.py", "test_restart.py", "test_launching.py", "test_slurm.py", "test_doctor.py", "test_engine.py", "test_export.py",
-    "test_mpi.py", "test_command_line.py", "test_execution.py",
+    "test_readme.py", "test_study.py", "test_run.py", "test_slurm.py", "test_stopping.py", "test_launching.py", "test_elastic.py",
+    "test_guard.py", "test_engine.py", "test_watchdog.py", "test_classify.py", "test_seq2seq.py", "test_restart.py", "test_export.py",
 )  # fmt: skip
+
+HEAVY_FIXTURES = {"browser", "slurm", "two_hosts"}
 
 
 def pytest_configure() -> None:
@@ -48,12 +50,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def end_what_it_started(request: pytest.FixtureRequest) -> Iterator[None]:
     """So that a failed test does not take the cores from the next."""
     yield
-    if "slow" in request.keywords:
+    if {"slow", "heavy"} & set(request.keywords):
         kill_left_processes(request.node.nodeid)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """So that at the end no process is left alone with a long file."""
+    """Mark the tests of programs that only `./setup.sh all` installs; sort the longest files to the front, so that both
+    processes end at about the same time."""
+    for item in items:
+        if HEAVY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("heavy")
     items.sort(key=lambda item: (*LONGEST_FIRST, item.path.name).index(item.path.name))
 
 
@@ -154,6 +161,6 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forking_ranks() -> Iterator[Ranks]:
     """Four processes that fork into the ranks of runs of one to four ranks: `forking_ranks(function, *arguments)`."""
-    ranks = Ranks(4, timeout_s=1200, is_joined=False)
+    ranks = Ranks(4, is_joined=False)
     yield ranks
     ranks.end()

@@ -12,17 +12,17 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
-from support import free_port
+from support import PATIENCE_S, free_port
 
 
 class Ranks:
     """Call one, as `ranks(function, *arguments)`: each process calls `function(rank, *arguments)`.
 
     What fails in one is raised here; the processes are ended then, and new ones started at the next call. They have
-    joined each other already (`pretrain.engine.init_distributed`).
+    joined each other already (`pretrain.distributed.join_ranks`).
     """
 
-    def __init__(self, world_size: int, timeout_s: float = 300, *, is_joined: bool = True) -> None:
+    def __init__(self, world_size: int, timeout_s: float = 2 * PATIENCE_S, *, is_joined: bool = True) -> None:
         """Without `is_joined` they have only imported what training needs, for functions that call `in_child`."""
         self._world_size, self._timeout_s, self._is_joined = world_size, timeout_s, is_joined
         self._ranks: list[tuple[Any, Connection]] = []
@@ -76,17 +76,14 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, is_joi
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
-    import torch
-    from deepspeed.ops.adam import FusedAdam
+    from any_precision import allow_every_precision
 
-    from pretrain import train
+    from pretrain import train  # noqa: F401 (what training needs: loaded once, not in each child)
+    from pretrain.distributed import join_ranks
 
+    allow_every_precision()
     if is_joined:
-        train.init_distributed()
-    else:  # what takes seconds is loaded once, not in each child
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (DeepSpeed's engine does)
-
-        FusedAdam([torch.zeros(1, requires_grad=True)])
+        join_ranks()
     while True:
         function, arguments = connection.recv()
         try:
@@ -127,7 +124,7 @@ def train_tiny(world_size: int, port: int, flags: list[str], model_class: type |
     console = io.StringIO()
     with mock.patch.object(train, "PMLM", model_class) if model_class else nullcontext():
         try:
-            train.train(check_inputs(args, world_size), console)
+            train.train(check_inputs(args, world_size, device=None), console)
         except ValueError as error:
             print(f"error: {error}", file=console)
     if os.environ["RANK"] == "0":

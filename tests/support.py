@@ -30,11 +30,19 @@ TESTS_MARK = "PMLM_TESTS"
 DEEPSPEED_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 RECIPES = [path for path in DEEPSPEED_CONFIGS if "finetune" not in path.name]
 """Those for pre-training."""
-PRECISIONS = {path: "bf16" if path.stem == "zero2_tiny" else "fp16" for path in RECIPES}
-"""What each is trained in."""
+RUN_IN_ANY_PRECISION = str(REPOSITORY / "tests" / "any_precision.py")
+"""run_pretrain.py, for a CPU without fp16 arithmetic too."""
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
+PATIENCE_S = 600.0
+"""After so long a test takes a process for one that hangs; no machine is so slow."""
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50
+
+
+def pinned_versions() -> dict[str, str]:
+    """Return the versions of requirements.txt by package, as it names them."""
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line[:1].isalpha())
 
 
 def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_length: int = 11) -> SampleBatch:
@@ -70,8 +78,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def deepspeed_json(path: Path, **changes: Any) -> Path:
-    """A DeepSpeed JSON for two-rank tests: `ds_configs/zero2_local.json` with some keys replaced (None: removed)."""
-    values = json.loads((REPOSITORY / "ds_configs" / "zero2_local.json").read_text()) | changes
+    """Write a DeepSpeed JSON for two-rank tests: `ds_configs/zero2_local.json` with some keys replaced (None: removed).
+
+    Its precision is the device's, unless fp16 or bf16 is among the changes.
+    """
+    values = json.loads((REPOSITORY / "ds_configs" / "zero2_local.json").read_text())
+    if changes.keys() & {"fp16", "bf16"}:
+        del values["fp16"], values["bf16"]
+    values |= changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return path
 
@@ -120,7 +134,7 @@ def kill_left_processes(test: str | None = None) -> None:
 
 
 def run_command(
-    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 300, **changes: str
+    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = PATIENCE_S, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr are captured as text."""
     return subprocess.run(
@@ -131,7 +145,7 @@ def run_command(
 def run_in_shell(command: str, folder: Path) -> str:
     """A command line that must succeed, as a user types it; its stdout and stderr, together."""
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), text=True, timeout=300, check=False, executable="/bin/bash",
+        command, shell=True, cwd=folder, env=environment(), text=True, timeout=PATIENCE_S, check=False, executable="/bin/bash",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
@@ -139,7 +153,9 @@ def run_in_shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run_as_ranks(
+    world_size: int, command: list[str], timeout_s: float = PATIENCE_S
+) -> subprocess.CompletedProcess[str]:
     """Run a Python script as the ranks of a run, without a launcher; all their stderr is in the result."""
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -21,6 +21,8 @@ from benchmarks.train_step import labels_of, padded
 from data_prep.console import ArgumentParser, add_flags, progress_bar, run_command
 from data_prep.files import write_json, write_whole
 from data_prep.shards import DataSet
+from finetune.optimizer import PrecisionFlag, autocast, check_precision, decide_precision
+from finetune.processes import Processes
 from pretrain.batches import Share, TrainingBatches
 from pretrain.config import MODEL_NUMBERS, model_of
 from pretrain.ds_config import DeepSpeedConfig
@@ -43,7 +45,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="data set made by data_prep build")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cpu_s", type=float, required=True, metavar="N", help="CPU seconds to train for")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of matrix products")
+    parser.add_argument("--precision", choices=get_args(PrecisionFlag), default="auto", help="of matrix products")
     parser.add_argument("--model", default="tiny", help="size; the numbers below replace single ones of it")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and dropout")
     add_flags(parser, PMLMConfig, only=MODEL_NUMBERS, optional=True)
@@ -54,6 +56,8 @@ def main() -> int:
 def _run(args: Any) -> None:
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
+    check_precision(args.precision)
+    precision = decide_precision(args.precision, Processes())
     data, settings = DataSet(args.data), DeepSpeedConfig(args.deepspeed_config)
     config = model_of(args, data.tokenizer.vocab_size)
     model = transformers.BertForMaskedLM(bert_config(config, pad_token_id=data.tokenizer.pad_id))
@@ -65,7 +69,7 @@ def _run(args: Any) -> None:
     with progress_bar("train", round(args.cpu_s), "s") as bar:
         while (part := (cpu_s() - started) / args.cpu_s) < 1:
             layout = batches.step(step * share.train_batch)[0]
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            with autocast(torch.device("cpu"), precision):
                 loss = model(**_inputs(layout), labels=padded(layout, labels_of(layout), -100)).loss
             loss.backward()
             if settings.values["gradient_clipping"]:

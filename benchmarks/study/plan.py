@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.study.tasks import Classification, QuestionAnswering, Sizes, Task, Writing
-from finetune.classify import ColumnSettings
-from finetune.seq2seq_model import Seq2SeqSettings
+from finetune.classify_data import ColumnSettings
+from finetune.seq2seq_data import Seq2SeqSettings
 
 VOCAB_SIZE = 8000
 TOKENIZER_SAMPLE_MB = 20
@@ -72,11 +72,11 @@ TASKS: tuple[Task, ...] = (
     ),
     QuestionAnswering(
         "wordnet-qa", "which of three glosses is of a field of meaning, or that none is", Sizes(2700, 200, 242),
-        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1e-3, "epochs": 3, "precision": "bf16"}, max_length_tokens=MAX_LENGTH_TOKENS,
+        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1e-3, "epochs": 3, "precision": "auto"}, max_length_tokens=MAX_LENGTH_TOKENS,
     ),
     Writing(
         WRITING, "a package's description: its synopsis", Sizes(25843, 300, 500),
-        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1.5e-3, "epochs": 1, "precision": "bf16"},
+        {"micro_batch_size": 16, "batch_size": 16, "learning_rate": 1.5e-3, "epochs": 1, "precision": "auto"},
         Seq2SeqSettings(96, 32),
     ),
 )  # fmt: skip

@@ -20,25 +20,26 @@ import torch
 
 from data_prep.console import ArgumentParser, run_command
 from data_prep.files import read_json, write_json, write_whole
-from finetune.answerer import Answerer, AnswerSettings
+from finetune.answer import by_question, chosen
+from finetune.answer import train as train_answerer
+from finetune.answer_data import AnswerSettings
+from finetune.answer_model import Answerer
 from finetune.batches import epoch_order
-from finetune.classifier import Classifier
-from finetune.classify import ColumnSettings, DataSettings, Labelled, read_data
 from finetune.classify import train as train_classifier
+from finetune.classify_data import ColumnSettings, DataSettings, read_data, read_labelled
+from finetune.classify_model import Classifier
 from finetune.generate import write_file
 from finetune.metrics import classification_metrics
-from finetune.question_answering import by_question, chosen
-from finetune.question_answering import train as train_answerer
 from finetune.runs import StartSettings
 from finetune.score import read_lines, score_files, text_scores
 from finetune.seq2seq import TargetSettings, ValidationSettings
 from finetune.seq2seq import train as train_writer
-from finetune.seq2seq_model import Seq2SeqSettings
+from finetune.seq2seq_data import Seq2SeqSettings
+from finetune.seq2seq_model import Writer
 from finetune.squad import read_squad, squad_metrics
 from finetune.tables import read_table
 from finetune.trainer import TrainSettings
 from finetune.weights import load_pretrained
-from finetune.writer import Writer
 from pretrain.export import StoredModel, is_export, write_export
 from pretrain.model import PMLM
 
@@ -124,16 +125,20 @@ class Classification:
 
     def run(self, files: Files, weights: Path, output: Path, seed: int) -> dict[str, float]:
         """See Task."""
-        data = read_data(DataSettings(train_file=files.train, validation_file=files.validation), self.columns)
+        settings = DataSettings(train_file=files.train, validation_file=files.validation)
+        data = read_data(settings, self.columns)
         train_classifier(
             StartSettings(weights, output, max_length_tokens=self.max_length_tokens),
             TrainSettings(seed=seed, **self.training),
             data,
         )
-        test = Labelled(read_table(files.test, [*self.columns.texts, _LABEL]), len(self.columns.texts))
+        test, _ = read_labelled(files.test, settings, self.columns, data.target)
+        texts, pairs = (
+            [*zip(*test.texts(), strict=True)] if test.num_texts == 2 else ([text for (text,) in test.texts()], None)
+        )
         places = {label: place for place, label in enumerate(data.target.labels)}
-        predicted = [places[str(label)] for label in Classifier.load(output).predict(test.texts, test.pairs)]
-        values = classification_metrics([places[label] for label in test.labels], predicted, len(places))
+        predicted = [places[str(label)] for label in Classifier.load(output).predict(texts, pairs)]
+        values = classification_metrics(test.labels.tolist(), predicted, len(places))
         return {name: 100 * value for name, value in values.items()}
 
     def floors(self, files: Files) -> dict[str, dict[str, float]]:
@@ -174,7 +179,7 @@ class QuestionAnswering:
             TrainSettings(seed=seed, **self.training), AnswerSettings(), files.train, files.validation,
         )  # fmt: skip
         answerer, file = Answerer.load(output), read_squad(files.test)
-        answers = by_question(file.questions, answerer.answers(answerer.windows(file.questions)))
+        answers = by_question(file.questions, answerer.answers(file.questions, answerer.windows(file.questions)))
         return squad_metrics(file.questions, chosen(answerer, answers), file.is_v2)
 
     def floors(self, files: Files) -> dict[str, dict[str, float]]:

@@ -454,7 +454,7 @@ def corpora(*arguments: str) -> Any:
     return run_command([sys.executable, "-m", "benchmarks.corpora", *arguments])
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_two_packages_through_apt(tmp_path: Path) -> None:
     arguments = ("dict-jargon", "fortunes", "--json", "--output", str(tmp_path))
     done = corpora("--update", *arguments)

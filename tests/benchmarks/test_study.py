@@ -17,8 +17,8 @@ from benchmarks.study.plan import Arm
 from benchmarks.study.report import write_report
 from benchmarks.study.tasks import RESULT, Classification, QuestionAnswering, Sizes, Writing, random_twin
 from data_prep.files import read_json, write_json
-from finetune.classify import ColumnSettings
-from finetune.seq2seq_model import Seq2SeqSettings
+from finetune.classify_data import ColumnSettings
+from finetune.seq2seq_data import Seq2SeqSettings
 
 TRAINING = {"micro_batch_size": 8, "batch_size": 16, "learning_rate": 1e-3, "epochs": 1}
 SIZES = Sizes(40, 10, 20)
@@ -88,7 +88,7 @@ def test_a_lead_has_the_rouge_of_what_it_copies(corpora: Path, tmp_path: Path) -
     assert 0 < floors["lead: first sentence"]["rouge_l"] < 100
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_small_study(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +153,7 @@ def test_a_small_study(
         Study(corpora, output, total_steps=5, finetuning_seeds=1, num_jobs=2).run(arms, ())
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_told_with_its_log(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from support import files_of
 
 from data_prep import build as build_module
 from data_prep.corpus import find_sources, plan_units, read_documents
+from data_prep.inputs import SOURCE_LIST
 from data_prep.mask_settings import MaskSettings
 from data_prep.masking import draw_masks
 from data_prep.parameters import BuildParameters
@@ -95,7 +96,10 @@ def test_masks_of_a_shard_are_those_of_its_sample_numbers(data_folder: Path) -> 
 
 def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: list[Path]) -> None:
     manifest = json.loads((data_folder / MANIFEST).read_bytes())
-    assert [source["name"] for source in manifest["sources"]] == [chapter.name for chapter in chapters[:9]]
+    sources = [json.loads(line) for line in (data_folder / SOURCE_LIST).read_text().splitlines()]
+    assert [source["name"] for source in sources] == [chapter.name for chapter in chapters[:9]]
+    assert manifest["sources"]["num_files"] == 9
+    assert manifest["sources"]["size_bytes"] == sum(chapter.stat().st_size for chapter in chapters[:9])
     assert manifest["parameters"] == {
         "max_length_tokens": 64, "short_sample_probability": 0.0, "mask_sets": 2, "mask_rate": "0.15", "block_share": 0.4,
         "block_lengths": "2:6", "validation_fraction": 0.2, "shard_samples": 128, "seed": 0, "unicode_form": "none", "drop_control_characters": False,
@@ -106,7 +110,7 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     documents = manifest["documents"]
     assert documents["train"] + documents["validation"] == 9
     assert documents["too_short"] == 0
-    assert str(data_folder.parent) not in json.dumps(manifest), "no path of this machine"
+    assert str(data_folder.parent) not in json.dumps([manifest, sources]), "no path of this machine"
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ def bad_corpora(tmp_path: Path, chapters: list[Path]) -> Path:
         ("no_text", ["file there"]),
         ("empty", ["the corpus is empty"]),
         ("not_utf8", ["a.txt: not UTF-8 at byte 4459 (found 0xe9)"]),
-        ("json", ["a.jsonl: line 2: not JSON"]),
+        ("json", ["a.jsonl: line 2: not valid JSON"]),
     ],
 )
 def test_a_bad_corpus(

@@ -119,11 +119,11 @@ def test_text_that_is_not_utf8_is_named_to_the_byte(
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "no end', "not JSON"),
-        (b'{"text": "one"} {"text": "two"}', "not JSON"),
-        (b"plain text", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b'{"text": "a", "number": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b'{"text": "no end', "not valid JSON"),
+        (b'{"text": "one"} {"text": "two"}', "not valid JSON"),
+        (b"plain text", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": "a", "number": ' + b"1" * 5000 + b"}", "not valid JSON"),
         (b'{"body": "text"}', 'expected a JSON object with a string under "text"'),
         (b'{"text": 5}', 'expected a JSON object with a string under "text"'),
         (b'["text"]', 'expected a JSON object with a string under "text"'),

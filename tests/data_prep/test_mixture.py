@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from data_prep.build import WORK
 from data_prep.corpus import ReadSettings, plan_units, read_documents
+from data_prep.inputs import SOURCE_LIST
 from data_prep.mixture import Corpus, TextOrder, epochs_of, read_mixture, sources_of
 from data_prep.shards import MANIFEST, DataSet, find_faults
 from data_prep.tokenizer import Tokenizer, train_tokenizer
@@ -209,10 +210,10 @@ def test_an_order_of_twenty_thousand_units_is_small_and_quickly_asked() -> None:
 def test_a_unit_is_of_one_corpus(novel_and_dictionary: Path) -> None:
     sources = sources_of(read_mixture(novel_and_dictionary))
     units = plan_units(sources, unit_bytes=2**40)
-    assert [[piece.source for piece in unit.pieces] for unit in units] == [[0, 1], [2, 3]]
+    assert [[piece.source for piece in unit.pieces] for unit in units] == [sources[:2], sources[2:]]
     assert [unit.corpus for unit in units] == [0, 1]
     for unit in plan_units(sources, unit_bytes=3000):
-        assert {sources[piece.source].corpus for piece in unit.pieces} == {unit.corpus}
+        assert {piece.source.corpus for piece in unit.pieces} == {unit.corpus}
 
 
 # ---- the data set
@@ -234,7 +235,8 @@ def test_a_data_set_of_two_corpora(
         {"name": "novel", "document_per": "file", "text_field": "body", "epochs": 2.5},
         {"name": "words", "document_per": "file", "text_field": "text", "epochs": 1.0},
     ]
-    assert [(source["corpus"], source["name"]) for source in manifest["sources"]] == [
+    sources = [json.loads(line) for line in (tmp_path / "data" / SOURCE_LIST).read_text().splitlines()]
+    assert [(source["corpus"], source["name"]) for source in sources] == [
         (corpus, name) for corpus in ("novel", "words") for name in ("a.jsonl", "b.jsonl")
     ]
     novel, words = manifest["mixture"]

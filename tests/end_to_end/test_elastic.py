@@ -1,10 +1,11 @@
-"""A run goes on at any number of ranks and any ZeRO stage, by itself, with the losses it would have had."""
+"""A run goes on at any number of ranks, any ZeRO stage and in any precision, by itself, with the losses it would have had."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,15 +27,35 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"fp16": None, "bf16": {"enabled": True}},
     "fp32": {"fp16": None},
 }
-# Each part of a run: ranks, ZeRO stage, last step.
-UNINTERRUPTED = [(2, 2, STEPS)]
-ANY_WORLD_SIZE = [(2, 2, 3), (3, 2, 5), (1, 2, 7), (4, 2, 8), (2, 2, STEPS)]
-ANY_STAGE = [(3, 2, 3), (2, 3, 5), (4, 1, 7), (1, 2, 8), (3, 3, STEPS)]
-RUNS = {
-    "fp16": [UNINTERRUPTED, ANY_WORLD_SIZE],
-    "bf16": [UNINTERRUPTED, ANY_WORLD_SIZE],
-    "fp32": [UNINTERRUPTED, ANY_STAGE],
-}
+
+
+class Part(NamedTuple):
+    """A part of a run, from one start to the next."""
+
+    world_size: int
+    zero_stage: int
+    last_step: int
+    precision: str
+
+    @property
+    def description(self) -> str:
+        """In the words of the console."""
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{ranks} at ZeRO stage {self.zero_stage} in {self.precision}"
+
+
+def parts(precision: str, *of_parts: tuple[int, int, int]) -> list[Part]:
+    return [Part(*part, precision) for part in of_parts]
+
+
+RUNS = {precision: parts(precision, (2, 2, STEPS)) for precision in PRECISIONS}
+"""Those that nothing interrupts, and below those that are moved; each of these is compared with the first run of a name's precision."""
+for _precision in ("fp16", "bf16"):
+    RUNS[f"{_precision} moved"] = parts(_precision, (2, 2, 3), (3, 2, 5), (1, 2, 7), (4, 2, 8), (2, 2, STEPS))
+RUNS["fp32 moved"] = parts("fp32", (3, 2, 3), (2, 3, 5), (4, 1, 7), (1, 2, 8), (3, 3, STEPS))
+RUNS["fp32 in every precision"] = [
+    Part(2, 2, 2, "fp16"), Part(2, 2, 4, "fp32"), Part(2, 2, 5, "bf16"), Part(3, 3, 7, "fp32"), Part(1, 1, 8, "bf16"), Part(2, 2, STEPS, "fp16"),
+]  # fmt: skip
 
 
 class OverflowingOnce(PMLM):
@@ -49,69 +70,87 @@ class OverflowingOnce(PMLM):
         return losses._replace(ae_sum=losses.ae_sum * 1e30) if is_second else losses
 
 
-def _train_in_parts(rank: int, ports: list[int], data: Path, folder: Path) -> None:
-    """All runs."""
-
-    for precision, runs in RUNS.items():
-        for number, parts in enumerate(runs):
-            for world_size, stage, last_step in parts:
-                config = deepspeed_json(
-                    folder / f"{rank}.json", **PRECISIONS[precision], train_batch_size=24,
-                    zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 1000},
-                    scheduler={"type": "WarmupDecayLR", "params": {
-                        "warmup_max_lr": 1e-3, "warmup_num_steps": 4, "warmup_type": "linear", "total_num_steps": STEPS,
-                    }},
-                )  # fmt: skip
-                flags = [
-                    "--deepspeed_config", str(config), "--data", str(data), "--run", str(folder / f"{precision}-{number}"),
-                    "--max_steps", str(last_step),
-                ]  # fmt: skip
-                port = ports.pop(0)
-                if rank < world_size:
-                    is_first = last_step == parts[0][2]
-                    in_child(train_tiny, world_size, port, flags, OverflowingOnce if is_first else None)
+def _train_in_parts(rank: int, name: str, ports: list[int], data: Path, folder: Path) -> None:
+    for part, port in zip(RUNS[name], ports, strict=True):
+        config = deepspeed_json(
+            folder / f"{rank}.json", **PRECISIONS[part.precision], train_batch_size=24,
+            zero_optimization={"stage": part.zero_stage, "stage3_param_persistence_threshold": 1000},
+            scheduler={"type": "WarmupDecayLR", "params": {
+                "warmup_max_lr": 1e-3, "warmup_num_steps": 4, "warmup_type": "linear", "total_num_steps": STEPS,
+            }},
+        )  # fmt: skip
+        flags = [
+            "--deepspeed_config", str(config), "--data", str(data), "--run", str(folder / name),
+            "--max_steps", str(part.last_step),
+        ]  # fmt: skip
+        if rank < part.world_size:
+            overflows = part is RUNS[name][0] and "every" not in name
+            in_child(train_tiny, part.world_size, port, flags, OverflowingOnce if overflows else None)
 
 
 @pytest.fixture(scope="module")
-def runs(data_folder: Path, forking_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_of(data_folder: Path, forking_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the run of a name, trained when it is first asked for."""
     folder = tmp_path_factory.mktemp("elastic")
-    ports = [free_port() for runs in RUNS.values() for parts in runs for _ in parts]
-    forking_ranks(_train_in_parts, ports, data_folder, folder)
-    return folder
+
+    def run(name: str) -> Path:
+        if not (folder / name).exists():
+            forking_ranks(_train_in_parts, name, [free_port() for _ in RUNS[name]], data_folder, folder)
+        return folder / name
+
+    return run
 
 
-@pytest.mark.parametrize(("precision", "number"), [(p, n) for p, runs in RUNS.items() for n in range(1, len(runs))])
-def test_the_losses_are_the_uninterrupted_runs_to_rounding(runs: Path, precision: str, number: int) -> None:
-    """What is exact: steps, samples, learning rate, loss scale and skipped steps."""
-    parts = RUNS[precision][number]
+MOVED = [
+    "fp16 moved", pytest.param("fp32 in every precision", marks=pytest.mark.old_processor),
+    pytest.param("bf16 moved", marks=pytest.mark.heavy), pytest.param("fp32 moved", marks=pytest.mark.heavy),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_the_losses_are_the_uninterrupted_runs_to_rounding(run_of: Callable[[str], Path], name: str) -> None:
+    """What is exact: steps, samples, learning rate, and in one precision loss scale and skipped steps."""
+    precision, stays = name.split()[0], "every" not in name
     expected, found = (
-        {r["step"]: r for r in read_records(runs / f"{precision}-{n}") if r["kind"] == "train"} for n in (0, number)
+        {r["step"]: r for r in read_records(run_of(run)) if r["kind"] == "train"} for run in (precision, name)
     )
     assert sorted(found) == list(range(1, STEPS + 1))
-    rounding = {"fp16": 2e-3, "bf16": 2e-3, "fp32": 1e-4}[precision]
+    rounding = {"fp16": 2e-3, "bf16": 2e-3, "fp32": 1e-4}[precision] if stays else 3e-3
     for step in expected:
-        for key in ("samples_consumed", "learning_rate", "loss_scale", "skipped_steps"):
+        exact = ("samples_consumed", "learning_rate", *(("loss_scale", "skipped_steps") if stays else ()))
+        for key in exact:
             assert found[step][key] == expected[step][key], (step, key)
         for key in ("ae_loss", "par_loss"):
             assert found[step][key] == pytest.approx(expected[step][key], rel=rounding), (step, key)
-    starts = [r for r in read_records(runs / f"{precision}-{number}") if r["kind"] == "start"]
-    assert [(r["world_size"], r["zero_stage"]) for r in starts] == [part[:2] for part in parts]
-    console = (runs / f"{precision}-{number}" / "console.txt").read_text()
-    for (ranks, stage, step), (next_ranks, next_stage, _) in pairwise(parts):
-        assert f"resuming step {step}: saved by {ranks} rank" in console
-        assert f"at ZeRO stage {stage}, cut anew for {next_ranks} rank" in console
-        assert f"at ZeRO stage {next_stage}\n" in console
-    if precision == "fp16":
+    starts = [r for r in read_records(run_of(name)) if r["kind"] == "start"]
+    assert [(r["world_size"], r["zero_stage"], r["precision"]) for r in starts] == [
+        (part.world_size, part.zero_stage, part.precision) for part in RUNS[name]
+    ]
+    console = (run_of(name) / "console.txt").read_text()
+    for before, after in pairwise(RUNS[name]):
+        assert (
+            f"resuming step {before.last_step}: saved by {before.description}, cut anew for {after.description}\n"
+            in console
+        )
+    if name == "fp16 moved":
         assert found[STEPS]["skipped_steps"] == 1
         assert len({r["loss_scale"] for r in found.values()}) > 2
 
 
-@pytest.mark.parametrize("run", ["fp32-0", "fp32-1"])
-def test_an_export_has_the_runs_validation_loss(runs: Path, data_folder: Path, tmp_path: Path, run: str) -> None:
+def test_a_loss_scale_begins_anew_in_fp16_after_another_precision(run_of: Callable[[str], Path]) -> None:
+    """And its settings are those of the JSON: a first scale of 256 that doubles after two steps."""
+    records = [r for r in read_records(run_of("fp32 in every precision")) if r["kind"] == "train"]
+    assert [r["loss_scale"] for r in records] == [256, 256, 1, 1, 1, 1, 1, 1, 256, 256]
+
+
+@pytest.mark.parametrize("name", ["fp32", pytest.param("fp32 moved", marks=pytest.mark.heavy)])
+def test_an_export_has_the_runs_validation_loss(
+    run_of: Callable[[str], Path], data_folder: Path, tmp_path: Path, name: str
+) -> None:
     """Of checkpoints written at stage 2 and at stage 3."""
-    export(runs / run, tmp_path / "export")
+    export(run_of(name), tmp_path / "export")
     model, _ = load_exported(tmp_path / "export")
-    expected = [r for r in read_records(runs / run) if r["kind"] == "validation"][-1]
+    expected = [r for r in read_records(run_of(name)) if r["kind"] == "validation"][-1]
     assert expected["step"] == STEPS
     layouts = [b.layout for b in validation_batches(DataSet(data_folder), Objective.AE_PAR, Share(0, 1, 24, 1), 25)]
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ from support import REPOSITORY
 
 from data_prep.import_tokenizer import import_tokenizer
 from data_prep.tokenizer import Tokenizer, train_tokenizer
+from finetune.__main__ import main
 from finetune.tables import read_table
 from pretrain.export import StoredModel, write_export
 from pretrain.model import PMLM, PMLMConfig
 
 torch.set_num_threads(1)
+Command = Callable[..., tuple[int, str, str]]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-()éü"
 SPECIAL = ("[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -83,3 +87,15 @@ def classify_folder(sentences: list[tuple[str, str]], tmp_path_factory: pytest.T
         lines = [f"{label}\t{text}\t{text[::-1]}\t{len(text)}" for label, text in rows]
         (folder / name).write_text("\n".join(["label\ttext\tnext\tlength", *lines]) + "\n", "utf-8")
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`python -m finetune COMMAND ...` in this process: status, stdout, stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["finetune", *map(str, words)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run

@@ -24,14 +24,16 @@ from support import run_command
 from data_prep.draws import Decision, draw_words
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Classifier
+from finetune.__main__ import main
 from finetune.batches import epoch_order, micro_batches, prediction_batches
-from finetune.classifier import make_inputs
-from finetune.classify import main
+from finetune.classify_data import make_inputs
+from finetune.figures import draw_confusion_matrix, drawable
 from finetune.glue import GLUE
 from finetune.metrics import classification_metrics, regression_metrics
+from finetune.optimizer import parameter_groups
 from finetune.runs import GRID
 from finetune.tables import read_table
-from finetune.trainer import TrainSettings, learning_rate_factor, parameter_groups
+from finetune.trainer import learning_rate_factor
 from pretrain.export import read_export
 from pretrain.metrics import read_records
 
@@ -47,29 +49,16 @@ def folder(classify_folder: Path) -> Path:
     return classify_folder
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process: status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["classify", *map(str, words)])
-        status = main()
-        done = capsys.readouterr()
-        return status, done.out, done.err
-
-    return run
-
-
 def training(folder: Path, output: Path, *words: object) -> list[str]:
     files = ["--train_file", folder / "train.tsv", "--validation_file", folder / "dev.tsv"]
-    return [*map(str, ["train", "--weights", folder / "weights", "--output", output, *files, *QUICK, "--max_length_tokens", 32, *words])]  # fmt: skip
+    return [*map(str, ["classify", "--weights", folder / "weights", "--output", output, *files, *QUICK, "--max_length_tokens", 32, *words])]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     run, told = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
-    with mock.patch.object(sys, "argv", ["classify", *training(folder, run)]), redirect_stderr(told):
+    with mock.patch.object(sys, "argv", ["finetune", *training(folder, run)]), redirect_stderr(told):
         assert main() == 0, told.getvalue()
     assert "are cut to --max_length_tokens 32" in told.getvalue()
     return run
@@ -79,6 +68,7 @@ def best_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_it_learns_and_predicts(trained: Path, folder: Path, command: Command, tmp_path: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["validation"]["accuracy"] > 0.75  # chance: 0.5
@@ -92,19 +82,19 @@ def test_it_learns_and_predicts(trained: Path, folder: Path, command: Command, t
     status, out, _ = command("predict", "--model", trained, "--text", *texts[:3])
     assert status == 0
     assert [line.split("\t")[1] for line in out.splitlines()[1:]] == predicted[:3]
-    status, _, _ = command("predict", "--model", trained, "--file", folder / "dev.tsv", "--output", tmp_path / "p.tsv")
+    status, _, _ = command("predict", "--model", trained, "--input", folder / "dev.tsv", "--output", tmp_path / "p.tsv")
     assert status == 0
     assert [row[0] for row in read_table(tmp_path / "p.tsv", ["prediction"]).rows] == predicted
 
 
 @pytest.mark.slow
 def test_several_processes_tell_an_error_once(folder: Path, tmp_path: Path) -> None:
-    launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "finetune.classify"]
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "finetune"]
     done = run_command([*launcher, *training(folder, tmp_path / "run", "--text_column", "words")])
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "finetune.classify: error:" in line]
+    told = [line for line in done.stderr.splitlines() if "finetune classify: error:" in line]
     assert len(told) == 1, done.stderr
-    assert "train.tsv: line 1: has no column words" in told[0]
+    assert "train.tsv: line 1: has no column 'words'" in told[0]
 
 
 def test_a_launcher_that_tells_too_little_is_not_called_pretraining(
@@ -121,6 +111,7 @@ def test_a_launcher_that_tells_too_little_is_not_called_pretraining(
     assert "run_pretrain" not in err
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_bit(
     trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
@@ -149,6 +140,7 @@ def test_an_interrupted_training_goes_on_to_the_bit(
     assert command(*training(folder, run))[0] == 0  # finished: nothing is done again
 
 
+@pytest.mark.slow
 def test_dropout_is_the_weights_own_or_as_told(trained: Path, folder: Path, command: Command, tmp_path: Path) -> None:
     own = read_export(folder / "weights").config.dropout
     assert own == Classifier.load(trained).model.config.dropout == 0.1
@@ -163,6 +155,7 @@ def test_dropout_is_the_weights_own_or_as_told(trained: Path, folder: Path, comm
     assert "dropout" in err
 
 
+@pytest.mark.slow
 def test_regression_of_pairs_with_seeds_in_bf16(folder: Path, command: Command, tmp_path: Path) -> None:
     words = ("--regression", "--label_column", "length", "--pair_column", "next", "--seeds", 2, "--epochs", 2)
     more = ("--precision", "bf16", "--patience", 1, "--eval_steps", 8, "--layer_decay", 0.9)
@@ -175,10 +168,18 @@ def test_regression_of_pairs_with_seeds_in_bf16(folder: Path, command: Command, 
     assert summary["standard_deviation"]["pearson"] == pytest.approx(np.std(scores, ddof=1))
     best = max(summary["runs"], key=lambda run: run["validation"]["score"])
     assert summary["best"] == best["name"]
-    values = Classifier.load(tmp_path / "run").predict(["It is a truth.", "A man."], [".hturt a si tI", ".nam A"])
+    regressor = Classifier.load(tmp_path / "run")
+    values = regressor.predict(["It is a truth.", "A man."], [".hturt a si tI", ".nam A"])
+    with pytest.raises(ValueError, match="trained on pairs of texts and is given no second texts"):
+        regressor.predict(["It is a truth."])
+    with pytest.raises(ValueError, match="1 texts and 2 second texts"):
+        regressor.predict(["It is a truth."], ["a", "b"])
+    with pytest.raises(ValueError, match="predicts numbers, which have no probabilities"):
+        regressor.probabilities(["It is a truth."], ["a"])
     assert all(isinstance(value, float) for value in values)
 
 
+@pytest.mark.slow
 def test_grid(folder: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRID, "learning_rate", (1e-5, 2e-3))
     for name, values in (("batch_size", (32,)), ("warmup", (0.1,)), ("weight_decay", (0.01,)), ("epochs", (1,))):
@@ -222,6 +223,7 @@ def glue_files(folder: Path, name: str, sentences: list[tuple[str, str]]) -> Non
         (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cola", "mnli", "sts-b", "qqp"])
 def test_glue(name: str, folder: Path, sentences: list[tuple[str, str]], command: Command, tmp_path: Path) -> None:
     glue_files(tmp_path, name, sentences[:40])
@@ -229,10 +231,10 @@ def test_glue(name: str, folder: Path, sentences: list[tuple[str, str]], command
         with open(tmp_path / "train.tsv", "a") as file:
             file.write("77\tbroken\n")
     run = tmp_path / "run"
-    words = ("train", "--glue", name, "--data", tmp_path, "--weights", folder / "weights", "--output", run)
+    words = ("classify", "--glue", name, "--data", tmp_path, "--weights", folder / "weights", "--output", run)
     status, _, err = command(*words, "--epochs", 1, "--max_length_tokens", 32)
     assert status == 0, err
-    assert ("1 with too few fields are left out" in err) == (name == "qqp")
+    assert ("1 rows with too few or too many fields are left out" in err) == (name == "qqp")
     values = json.loads((run / "result.json").read_text())["best"]
     names = [f"{metric}{suffix}" for suffix, _ in GLUE[name].validation for metric in GLUE[name].metrics]
     assert values["score"] == pytest.approx(np.mean([values[metric] for metric in names]))
@@ -247,6 +249,89 @@ def test_glue(name: str, folder: Path, sentences: list[tuple[str, str]], command
             assert predictions <= ({"entailment", "neutral"} if name == "mnli" else {"0", "1"})
 
 
+def test_one_text_is_not_taken_for_many(trained: Path, command: Command) -> None:
+    """Python would take a text for a list of its characters."""
+    classifier = Classifier.load(trained)
+    for call in (classifier.predict, classifier.probabilities, classifier.inputs):
+        with pytest.raises(ValueError, match=r"texts is one text, expected a list of texts; write \[text\]"):
+            call("It is a truth.")
+    with pytest.raises(ValueError, match="pairs is one text"):
+        classifier.predict(["a", "b"], "ab")
+    with pytest.raises(ValueError, match="trained on single texts and is given pairs"):
+        classifier.predict(["a"], ["b"])
+    assert len(classifier.predict(["It is a truth."])) == 1
+    status, _, err = command("predict", "--model", trained, "--text", "a", "--pair", "b")
+    assert (status, "trained on single texts and is given pairs" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ([], "expected either --text or --input"), (["--text", "a", "--input", "x.tsv"], "expected either --text or --input"),
+        (["--text", "a", "--question", "b"], "--question: "), (["--passage", "b"], "is a classifier, which takes no such input"),
+        (["--text", "a", "--text_column", "b"], "--text_column and --pair_column go with --input"),
+    ],
+)  # fmt: skip
+def test_flags_of_predict_that_do_not_fit_are_refused(
+    words: list[str], fault: str, trained: Path, command: Command
+) -> None:
+    status, out, err = command("predict", "--model", trained, *words)
+    assert (status, out) == (2, "")
+    assert fault in err
+
+
+def test_predictions_go_to_a_new_folder(trained: Path, command: Command, tmp_path: Path) -> None:
+    status, _, err = command(
+        "predict", "--model", trained, "--text", "a", "b", "--output", tmp_path / "new" / "dir" / "p.tsv"
+    )
+    assert status == 0, err
+    assert len((tmp_path / "new" / "dir" / "p.tsv").read_text().splitlines()) == 3
+
+
+def test_a_folder_of_another_kind_is_told_in_words(
+    trained: Path, folder: Path, command: Command, tmp_path: Path
+) -> None:
+    for words, fault in (
+        (("predict", "--model", folder / "weights"), "is a pre-trained model; expected one that `classify` or `answer` fine-tuned"),
+        (("generate", "--model", trained, "--text", "a"),
+         "is what `python -m finetune classify` writes; expected what `python -m finetune seq2seq` writes"),
+        (("generate", "--model", folder / "weights", "--text", "a"), "is a pre-trained model; fine-tune it, or pass it as --weights; expected"),
+        (("predict", "--model", tmp_path, "--text", "a"), "no fine-tuned model there; train one first"),
+    ):  # fmt: skip
+        status, _, err = command(*words)
+        assert status == 2
+        assert fault in err
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: no fine-tuned model's; expected the folder of a run"):
+        Classifier.load(tmp_path)
+    values = json.loads((trained / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "version": 1}))
+    with pytest.raises(
+        ValueError, match=r"is of version 1 of its format, and this program reads version 2; train it again"
+    ):
+        Classifier.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [["$a_$", "$_{b$"], ["经济", "体育"], ["\ue123", "x" * 99, "a\tb"], [str(i) for i in range(99)]]
+)
+def test_any_class_names_can_be_drawn(names: list[str], tmp_path: Path) -> None:
+    """Also those that are broken formulas, and those that no font here has."""
+    draw_confusion_matrix(tmp_path / "m.png", [0, 1, 1], [0, 1, 0], names)
+    content = (tmp_path / "m.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
+    assert 300 < width == height <= 3000
+
+
+def test_names_that_no_font_has_are_numbers() -> None:
+    from matplotlib import font_manager
+
+    families, shown = drawable(["austen", "\ue123", "$a_$", "x" * 40], font_manager)
+    assert families == ["DejaVu Sans"]
+    assert shown == ["austen", "1", "$a_$", "x" * 30 + "…"]
+
+
 def test_nine_tasks() -> None:
     assert len(GLUE) == 9
     assert GLUE["cola"].metrics == ("matthews",)
@@ -256,13 +341,13 @@ def test_nine_tasks() -> None:
 @pytest.mark.parametrize(
     ("changes", "content", "words"),
     [
-        ({"--text_column": "words"}, None, ["train.tsv: line 1: has no column words", "label, text, next"]),
+        ({"--text_column": "words"}, None, ["train.tsv: line 1: has no column 'words'", "label, text, next"]),
         ({"--train_file": "bad.tsv"}, "", ["bad.tsv: is empty"]),
         ({"--train_file": "bad.tsv"}, "label\ttext\n", ["bad.tsv: has no rows"]),
-        ({"--train_file": "bad.tsv"}, "label\ttext\na\tx\nb\n", ["bad.tsv: line 3: has 1 fields, expected at least 2"]),
+        ({"--train_file": "bad.tsv"}, "label\ttext\na\tx\nb\n", ["bad.tsv: line 3: has 1 fields, expected 2, as the header has"]),
         ({"--train_file": "bad.tsv"}, "label\ttext\na\tx\n", ["bad.tsv: the only label is 'a'"]),
         ({"--validation_file": "bad.tsv"}, "label\ttext\naustin\tx\n", ["bad.tsv: line 2: label 'austin'", "austen, bierce"]),
-        ({"--regression": None}, None, ["train.tsv: line 2: label '", "is not a number"]),
+        ({"--regression": None}, None, ['train.tsv: line 2: label is "', "expected a number"]),
         ({"--train_file": "bad.jsonl"}, '{"label": 1, "text": "x"}\n{"label": 2}\n', ["bad.jsonl: line 2: has no column 'text'"]),
         ({"--train_file": "bad.jsonl"}, '{"label": 1, "text": ["x"]}\n', ['bad.jsonl: line 1: text is ["x"]']),
         ({"--train_file": "bad.jsonl"}, '{"label": 1,\n', ["bad.jsonl: line 1: not valid JSON"]),
@@ -296,7 +381,7 @@ def test_bad_input(
             flags += [flag, tmp_path / value if (isinstance(value, str) and "." in value) or value == "none" else value]
             if isinstance(value, str) and value.startswith("bad") and content is not None:
                 (tmp_path / value).write_text(content)
-    status, _, err = command("train", *flags)
+    status, _, err = command("classify", *flags)
     assert status == 2
     assert err.count("error:") == 1
     assert all(word in err for word in words), err
@@ -316,17 +401,17 @@ def test_tables_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lengths", [(3, 3), (20, 3), (3, 20), (20, 20), (20, 9), (0, 30)])
 def test_truncation_is_longest_first(lengths: tuple[int, int], sentence_piece: Tokenizer) -> None:
     texts = ["the " * length for length in lengths]
-    whole = make_inputs(sentence_piece, texts[:1], texts[1:], 1000)
-    found = make_inputs(sentence_piece, texts[:1], texts[1:], 20)
-    counts = [whole.segments[0].count(0) - 2, whole.segments[0].count(1) - 1]
+    whole = make_inputs(sentence_piece, [tuple(texts)], 1000)
+    found = make_inputs(sentence_piece, [tuple(texts)], 20)
+    counts = [whole.segments(0).count(0) - 2, whole.segments(0).count(1) - 1]
     assert found.num_truncated == (sum(counts) > 17)
     while sum(counts) > 17:  # the plain definition
         counts[counts[1] >= counts[0]] -= 1
-    assert found.segments[0] == [0] * (counts[0] + 2) + [1] * (counts[1] + 1)
+    assert found.segments(0) == [0] * (counts[0] + 2) + [1] * (counts[1] + 1)
     sos, eos = sentence_piece.sos_id, sentence_piece.eos_id
-    start = whole.segments[0].count(0)
-    ids = whole.ids[0]
-    assert found.ids[0] == [sos, *ids[1 : counts[0] + 1], eos, *ids[start : start + counts[1]], eos]
+    start = whole.segments(0).count(0)
+    ids = whole.ids[0].tolist()
+    assert found.ids[0].tolist() == [sos, *ids[1 : counts[0] + 1], eos, *ids[start : start + counts[1]], eos]
 
 
 def test_metrics_are_the_libraries() -> None:
@@ -361,7 +446,7 @@ def test_learning_rate() -> None:
 
 def test_layers_learn_at_their_own_rate(trained: Path) -> None:
     model = Classifier.load(trained).model
-    groups = parameter_groups(model, TrainSettings(layer_decay=0.5))
+    groups = parameter_groups(model, 0.01, 0.5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scales = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert scales.keys() == set(names.values())

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import transformers
 from models import stored
@@ -17,7 +18,8 @@ from support import files_of
 
 from data_prep.tokenizer import Tokenizer
 from finetune import modeling_pmlm
-from finetune.convert import ConvertSettings, convert, main
+from finetune.__main__ import main
+from finetune.convert import ConvertSettings, convert
 from finetune.huggingface import register
 from finetune.weights import load_pretrained
 from pretrain.export import write_export
@@ -31,6 +33,7 @@ def converted(source: Path, folder: Path, *forms: str) -> Path:
     return paths[-1]
 
 
+@pytest.mark.slow
 def test_all_forms_lead_back_to_the_same_bytes(export: Path, tmp_path: Path) -> None:
     again = converted(export, tmp_path, "unilm", "huggingface", "unilm-", "pmlm")
     assert files_of(again) == files_of(export)
@@ -90,7 +93,7 @@ def test_a_bert_without_output_layer_goes_to_every_form(vocabulary: Path, tmp_pa
 def run(*words: object) -> tuple[int, str, str]:
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(sys, "argv", ["convert", *map(str, words)]),
+        mock.patch.object(sys, "argv", ["finetune", "convert", *map(str, words)]),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):

@@ -16,7 +16,8 @@ from support import run_command
 from data_prep.tokenizer import Tokenizer
 from finetune.convert import ConvertSettings, convert
 from finetune.huggingface import register
-from finetune.search import Rules, SearchSettings, decode
+from finetune.search import decode
+from finetune.search_settings import Rules, SearchSettings
 from finetune.weights import load_pretrained
 from pretrain.export import write_export
 from pretrain.layout import encoder_layout, seq2seq_layout
@@ -162,8 +163,8 @@ sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 folder, texts = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
 batch = tokenizer(*map(list, zip(*texts)), padding=True, return_tensors="pt")
 with torch.no_grad():
     torch.save([dict(batch), model(**batch).logits], sys.argv[3] + "/result.pt")
@@ -242,3 +243,41 @@ def test_the_loss_of_labels_is_that_of_our_layout(export: Path, folder: Path) ->
             labels=torch.tensor([targets[0], [*targets[1], -100]]),
         ).loss  # fmt: skip
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_position_ids_are_honoured(export: Path, folder: Path) -> None:
+    """Two texts in one row, each at its own positions and hidden from the other, are the two texts."""
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    ids = torch.arange(6, 18)[None]
+    shifted = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        plain, same, moved = (model(ids, position_ids=p).logits for p in (None, torch.arange(12)[None], shifted))
+        after = model(torch.cat([torch.full((1, 3), 6), ids], dim=1), torch.tensor([[0] * 3 + [1] * 12])).logits[:, 3:]
+    assert torch.equal(plain, same)
+    assert not torch.allclose(plain, moved, atol=1e-3)
+    torch.testing.assert_close(moved, after, rtol=0, atol=1e-5)
+    gaps = torch.arange(0, 24, 2)[None]
+    with torch.no_grad():
+        with_gaps = model(ids, position_ids=gaps).logits
+        spread = torch.full((1, 23), 6).index_copy(1, gaps[0], ids)
+        is_text = torch.zeros(1, 23, dtype=torch.long).index_fill(1, gaps[0], 1)
+        expected = model(spread, is_text).logits[:, ::2]
+    torch.testing.assert_close(with_gaps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("auto", "arguments", "word"),
+    [
+        ("AutoModelForMaskedLM", {"output_attentions": True}, "output_attentions"),
+        ("AutoModel", {"head_mask": torch.ones(2)}, "head_mask"),
+        ("AutoModelForSequenceClassification", {"output_attentions": True}, "output_attentions"),
+        ("AutoModelForQuestionAnswering", {"encoder_hidden_states": torch.ones(1)}, "encoder_hidden_states"),
+        ("AutoModelForSeq2SeqLM", {"labels": torch.ones(1, 2).long(), "output_attentions": True}, "output_attentions"),
+        ("AutoModelForSeq2SeqLM", {"labels": torch.ones(1, 2).long(), "decoder_position_ids": torch.ones(1, 2)}, "decoder_position_ids"),
+    ],
+)  # fmt: skip
+def test_arguments_without_effect_are_refused(auto: str, arguments: dict[str, Any], word: str, folder: Path) -> None:
+    model = getattr(transformers, auto).from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"{word}: "):
+        model(torch.arange(6, 12)[None], **arguments)
+    assert not model.accepts_loss_kwargs

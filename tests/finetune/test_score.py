@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,24 +11,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.files import sha256_of_file
-from finetune.score import made_by_file, main, text_scores
+from finetune.score import made_by_file, text_scores
 
 Command = Callable[..., tuple[int, str, str]]
 WRITTEN = ["the cat sat on the mat", "a man of good fortune wants a wife", "nothing at all"]
 WANTED = ["the cat sits on a mat", "a man of good fortune must want a wife", "something else"]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process: status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["score", *map(str, words)])
-        status = main()
-        done = capsys.readouterr()
-        return status, done.out, done.err
-
-    return run
 
 
 def f1(common: int, a: int, b: int) -> float:
@@ -88,6 +74,9 @@ def test_several_references_and_case() -> None:
     assert (scores["exact_match"], scores["chrf"]) == (100, 100)
     assert options["bleu"] != ignoring["bleu"]
     assert "nrefs:2" in options["bleu"]
+    for one in (("a", [["a"]]), (["a"], "a"), (["a"], ["a"])):
+        with pytest.raises(ValueError, match="is one text, expected a list of texts"):
+            text_scores(*one)
     for written, wanted in (([], []), (["a"], []), (["a"], [[]]), (["a", "b"], [["a"], ["a", "b"]])):
         with pytest.raises(ValueError, match="references"):
             text_scores(written, wanted)
@@ -99,10 +88,16 @@ def test_command(command: Command, tmp_path: Path) -> None:
     references.write_text("".join(json.dumps({"src": "x", "tgt": text}) + "\n" for text in [*WANTED, "y"]), "utf-8")
     made_by_file(predictions).write_text(json.dumps({"num_beams": 3}), "utf-8")
     status, out, err = command(
-        "--predictions", predictions, "--references", references, "--output", tmp_path / "s.json"
+        "score",
+        "--predictions",
+        predictions,
+        "--references",
+        references,
+        "--output",
+        tmp_path / "new" / "dir" / "s.json",
     )
     assert status == 0, err
-    result = json.loads((tmp_path / "s.json").read_text())
+    result = json.loads((tmp_path / "new" / "dir" / "s.json").read_text())
     expected, options = text_scores([*WRITTEN, ""], [[text] for text in [*WANTED, "y"]])
     assert result["scores"] == expected
     assert (result["options"], result["num_texts"], result["num_empty"]) == (options, 4, 1)
@@ -115,12 +110,12 @@ def test_command(command: Command, tmp_path: Path) -> None:
 
 
 def test_questions_of_squad_are_references(command: Command, tmp_path: Path) -> None:
-    qas = [{"id": str(i), "question": q, "answers": [{"text": "a", "answer_start": 0}] * (i != 1)} for i, q in enumerate(("who?", "no?", "what?"))]  # fmt: skip
+    qas = [{"id": str(i), "question": q, "answers": [{"text": "a", "answer_start": 0}] * (i != 1), "is_impossible": i == 1} for i, q in enumerate(("who?", "no?", "what?"))]  # fmt: skip
     (tmp_path / "squad.json").write_text(
         json.dumps({"data": [{"paragraphs": [{"context": "a", "qas": qas}]}]}), "utf-8"
     )
     (tmp_path / "p.txt").write_text("who?\nwhat?\n", "utf-8")
-    status, out, err = command("--predictions", tmp_path / "p.txt", "--references", tmp_path / "squad.json")
+    status, out, err = command("score", "--predictions", tmp_path / "p.txt", "--references", tmp_path / "squad.json")
     assert status == 0, err
     assert "exact_match  100.00" in out
 
@@ -139,6 +134,6 @@ def test_files_that_do_not_fit_are_told(
 ) -> None:
     (tmp_path / "p.txt").write_text(predictions, "utf-8")
     (tmp_path / "r.jsonl").write_text(references, "utf-8")
-    status, _, err = command("--predictions", tmp_path / "p.txt", "--references", tmp_path / "r.jsonl")
+    status, _, err = command("score", "--predictions", tmp_path / "p.txt", "--references", tmp_path / "r.jsonl")
     assert status == 2
     assert all(word in err for word in words), err

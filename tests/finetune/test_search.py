@@ -13,8 +13,9 @@ from models import tiny_model
 from support import EOS, MASK, PAD, SOS, VOCAB_SIZE
 
 from data_prep.tokenizer import Tokenizer
-from finetune import search
-from finetune.search import Found, Rules, Search, SearchSettings, decode, draw_tokens, refuse_impossible, stream
+from finetune import search_memory
+from finetune.search import Search, decode, draw_tokens, stream
+from finetune.search_settings import Found, Rules, SearchSettings, refuse_impossible
 from pretrain.layout import seq2seq_layout
 from pretrain.model import PMLM
 
@@ -136,6 +137,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "trained", "no relative bias"])
 def test_search_is_that_of_computing_everything_anew(kind: str, trained_model: PMLM) -> None:
     bias = {"relative_buckets": 0} if kind == "no relative bias" else {}
@@ -176,17 +178,17 @@ def test_columns_that_no_beam_descends_from_are_dropped(monkeypatch: pytest.Monk
     model = random_model(max_positions=90)
     settings = SearchSettings(num_beams=5, num_best=3, max_length_tokens=50, length_penalty=1.5, min_length_tokens=30)
     dropped = []
-    drop = search._Memory._drop_dead_columns
+    drop = search_memory.SearchMemory._drop_dead_columns
 
     def counted(memory: Any) -> None:
         before = memory._num_columns
         drop(memory)
         dropped.append(before - memory._num_columns)
 
-    monkeypatch.setattr(search._Memory, "_drop_dead_columns", counted)
+    monkeypatch.setattr(search_memory.SearchMemory, "_drop_dead_columns", counted)
     found = decode(model, RULES, SOURCES[:3], settings)
     assert sum(dropped) > 50
-    monkeypatch.setattr(search._Memory, "_drop_dead_columns", lambda memory: None)
+    monkeypatch.setattr(search_memory.SearchMemory, "_drop_dead_columns", lambda memory: None)
     all_kept = decode(model, RULES, SOURCES[:3], settings)
     assert_same(found, [[(h.score, h.tokens) for h in f.hypotheses] for f in all_kept])
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,31 +24,29 @@ from support import REPOSITORY, free_port, run_command
 from torch.nn import functional as F
 
 from data_prep.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from finetune.model import Seq2SeqModel
-from finetune.pairs import Examples, PairColumns, make_examples, read_pairs, token_ids
+from finetune.__main__ import main, parse
 from finetune.processes import Processes
-from finetune.search import Rules, decode
-from finetune.seq2seq import Seq2SeqTask, TargetNoise, TargetSettings, ValidationSettings, main, parse
-from finetune.seq2seq_model import Seq2SeqSettings, load_seq2seq, source_ids, target_ids
+from finetune.search import decode
+from finetune.search_settings import Rules
+from finetune.seq2seq import Seq2SeqTask, TargetNoise, TargetSettings, ValidationSettings
+from finetune.seq2seq_data import (
+    Examples,
+    PairColumns,
+    Seq2SeqSettings,
+    TextEncoder,
+    make_examples,
+    read_pairs,
+    source_ids,
+    target_ids,
+)
+from finetune.seq2seq_model import Seq2SeqModel, load_seq2seq
+from finetune.tokens import TokenLists, TokenListsBuilder
 from pretrain.attention import relative_position_bucket
 from pretrain.export import write_export
 from pretrain.model import PMLM
 
 Command = Callable[..., tuple[int, str, str]]
 PAIRS = [("a good man", "good"), ("a truth of fortune", "truth, and"), ("the man in want of a wife", "wife")]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process: status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["seq2seq", *map(str, words)])
-        status = main()
-        done = capsys.readouterr()
-        return status, done.out, done.err
-
-    return run
 
 
 # ---- the loss, against a model written down once more, every pair of slots in a matrix
@@ -110,7 +109,12 @@ def examples_of(tokenizer: Tokenizer) -> Examples:
     sources = [source_ids(tokenizer, [tokenizer.encode([source]).tolist()], 24)[0] for source, _ in texts]
     targets = [target_ids(tokenizer, tokenizer.encode([target]).tolist(), 16)[0] for _, target in texts]
     assert settings.max_positions == 40
-    return Examples(sources, targets, 0, 0, 0)
+    made = []
+    for lists in (sources, targets):
+        builder = TokenListsBuilder(tokenizer.vocab_size)
+        builder.add(lists)
+        made.append(builder.build())
+    return Examples(*made, np.ones(len(texts), dtype=bool))
 
 
 def task_of(
@@ -134,7 +138,7 @@ def test_the_loss_is_that_of_a_plain_dense_model(of_targets: TargetSettings, wor
     expected = []
     for sample in (3, 1, 2):
         turns, given = (values.tolist() for values in noise(examples.targets, sample, epoch))
-        source, target = examples.sources[sample], examples.targets[sample]
+        source, target = examples.sources[sample].tolist(), examples.targets[sample].tolist()
         assert (given != target) == bool(of_targets.target_mask_prob)
         assert sample != 3 or (turns[-1] < len(target)) == of_targets.target_blocks
         expected.append(plain_losses(model, source, target, turns, given, mask_id, of_targets.label_smoothing).sum())
@@ -153,7 +157,7 @@ def test_validation_is_the_mean_over_tokens(word_piece: Tokenizer) -> None:
     examples = examples_of(word_piece)
     values = task_of(model, word_piece, examples, TargetSettings(target_mask_prob=0.5)).validate()
     losses = torch.cat([
-        plain_losses(model, source, target, [*range(1, len(target) + 1)], target, word_piece.mask_id, 0.0)
+        plain_losses(model, source.tolist(), target.tolist(), [*range(1, len(target) + 1)], target.tolist(), word_piece.mask_id, 0.0)
         for source, target in zip(examples.sources, examples.targets, strict=True)
     ])  # fmt: skip
     assert values["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
@@ -222,6 +226,10 @@ def test_what_is_drawn_of_targets(word_piece: Tokenizer) -> None:
 # ---- files
 
 
+def lists(of_tokens: TokenLists) -> list[list[int]]:
+    return [ids.tolist() for ids in of_tokens]
+
+
 def write_forms(folder: Path, tokenizer: Tokenizer) -> list[Path]:
     """The same pairs in every form."""
     pieces = [[[tokenizer.piece(i) for i in tokenizer.encode([text])] for text in pair] for pair in PAIRS]
@@ -244,8 +252,8 @@ def test_every_form_of_file_is_the_same(tokenizer: Tokenizer, tmp_path: Path) ->
     of_files = [make_examples(tokenizer, read_pairs(path, PairColumns()), settings) for path in files]
     sos, eos = tokenizer.sos_id, tokenizer.eos_id
     for found in of_files:
-        assert found.sources == [[sos, *tokenizer.encode([source]), eos] for source, _ in PAIRS]
-        assert found.targets == [[*tokenizer.encode([target]), eos] for _, target in PAIRS]
+        assert lists(found.sources) == [[sos, *tokenizer.encode([source]), eos] for source, _ in PAIRS]
+        assert lists(found.targets) == [[*tokenizer.encode([target]), eos] for _, target in PAIRS]
         assert found.lengths.tolist() == [
             len(s) + 2 * len(t) - 1 for s, t in zip(found.sources, found.targets, strict=True)
         ]
@@ -270,10 +278,10 @@ def test_questions_are_generated_from_paragraph_and_answer(word_piece: Tokenizer
     sos, eos = word_piece.sos_id, word_piece.eos_id
     for pairs in found:
         examples = make_examples(word_piece, pairs, settings)
-        assert examples.sources == [
+        assert lists(examples.sources) == [
             [sos, *word_piece.encode([p]), eos, *word_piece.encode([a]), eos] for p, a, _ in entries
         ]
-        assert examples.targets == [[*word_piece.encode([q]), eos] for _, _, q in entries]
+        assert lists(examples.targets) == [[*word_piece.encode([q]), eos] for _, _, q in entries]
 
 
 @pytest.mark.parametrize(
@@ -305,9 +313,9 @@ def test_the_longest_part_of_a_source_is_cut(
         ("t.jsonl", '{"src": ["a", 2], "tgt": "b"}', ["t.jsonl: line 1: src is", "a list of tokens"]),
         ("t.jsonl", "", ["t.jsonl: has no rows"]),
         ("t.jsonl", '{"src": " ", "tgt": "b"}', ["none of its 1 pairs has both a source and a target"]),
-        ("t.tsv", "src\ttgt\na\tb\nc\n", ["t.tsv: line 3: has 1 fields"]),
+        ("t.tsv", "src\ttgt\na\tb\nc\n", ["t.tsv: line 3: has 1 fields, expected 2"]),
         ("t.txt", "a", ["t.txt: expected a file that ends in"]),
-        ("t.parquet", "PAR1", ["t.parquet: not a whole Parquet file"]),
+        ("t.parquet", "PAR1", ["t.parquet: not a complete Parquet file"]),
         ("t.jsonl", '{"src": ["qqqq", "zzzz"], "tgt": ["a"]}', ["t.jsonl: 2 of 2 tokens are no entries", "another tokenizer"]),
     ],
 )  # fmt: skip
@@ -317,7 +325,7 @@ def test_bad_files_are_told(
     write_export(tmp_path / "weights", stored(word_piece))
     (tmp_path / name).write_text(content, "utf-8")
     status, _, err = command(
-        "train", "--weights", tmp_path / "weights", "--output", tmp_path / "run", "--train_file", tmp_path / name,
+        "seq2seq", "--weights", tmp_path / "weights", "--output", tmp_path / "run", "--train_file", tmp_path / name,
         "--validation_file", tmp_path / name, "--max_source_tokens", 24, "--max_target_tokens", 16,
     )  # fmt: skip
     assert status == 2
@@ -328,7 +336,7 @@ def test_bad_files_are_told(
 
 def test_tokens_that_name_the_unknown_are_known(tokenizer: Tokenizer) -> None:
     unknown, letter = tokenizer.piece(tokenizer.unk_id), tokenizer.piece(int(tokenizer.normal_ids[20]))
-    assert token_ids(tokenizer, [[unknown, unknown, letter]]) == [
+    assert TextEncoder(tokenizer).ids([[unknown, unknown, letter]]) == [
         [tokenizer.unk_id] * 2 + [int(tokenizer.normal_ids[20])]
     ]
     assert [tokenizer.id_of_piece(tokenizer.piece(i)) for i in range(tokenizer.vocab_size)] == [
@@ -346,7 +354,7 @@ def test_tokens_that_name_the_unknown_are_known(tokenizer: Tokenizer) -> None:
 )  # fmt: skip
 def test_impossible_settings_are_told(words: list[str], part: str, command: Command, tmp_path: Path) -> None:
     files = ["--train_file", tmp_path / "x.jsonl", "--validation_file", tmp_path / "x.jsonl"]
-    status, _, err = command("train", "--weights", tmp_path, *files, *words)
+    status, _, err = command("seq2seq", "--weights", tmp_path, *files, *words)
     assert status == 2
     assert part in err
 
@@ -358,7 +366,7 @@ def test_recipes_are_the_papers() -> None:
         "cnndm": (7e-5, 64, 14, 0.02, 608, 160, 0.7, 5), "xsum": (7e-5, 64, 14, 0.02, 720, 48, 0.6, 5),
         "qg": (2e-5, 48, 16, 0.1, 464, 48, 1.3, 8),
     }  # fmt: skip
-    needed = ["train", "--weights", "w", "--train_file", "t", "--validation_file", "v"]
+    needed = ["seq2seq", "--weights", "w", "--train_file", "t", "--validation_file", "v"]
     for recipe, expected in rows.items():
         args = parse([*needed, "--recipe", recipe])
         assert tuple(getattr(args, name) for name in names) == expected
@@ -367,7 +375,7 @@ def test_recipes_are_the_papers() -> None:
         assert args.released_length_penalty
     assert 0.7 <= parse([*needed, "--recipe", "cnndm"]).target_mask_prob <= 0.8
     assert 0.4 <= parse([*needed, "--recipe", "xsum"]).target_mask_prob <= 0.5
-    args = parse(["train", "--num-beams", "3", *needed[1:], "--recipe", "qg", "--epochs", "2"])
+    args = parse(["seq2seq", "--num-beams", "3", *needed[1:], "--recipe", "qg", "--epochs", "2"])
     assert (args.num_beams, args.epochs, args.batch_size) == (3, 2, 48)
 
 
@@ -391,7 +399,7 @@ def copying(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy_words(folder: Path, run: Path, *words: object) -> list[Any]:
     return [
-        "train", "--weights", folder / "weights", "--output", run, "--train_file", folder / "pairs.jsonl", "--validation_file",
+        "seq2seq", "--weights", folder / "weights", "--output", run, "--train_file", folder / "pairs.jsonl", "--validation_file",
         folder / "pairs.jsonl", "--max_source_tokens", 12, "--max_target_tokens", 10, "--learning_rate", 5e-3, "--batch_size", 16, "--micro_batch_size", 16,
         "--epochs", 80, "--eval_steps", 40, "--generated_pairs", 16, "--num_beams", 2, *words,
     ]  # fmt: skip
@@ -402,11 +410,12 @@ def copied(copying: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     run = tmp_path_factory.mktemp("copied") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["seq2seq", *map(str, copy_words(copying, run, "--target_mask_prob", 0.2, "--best_by", "rouge_l"))])  # fmt: skip
+        patch.setattr(sys, "argv", ["finetune", *map(str, copy_words(copying, run, "--target_mask_prob", 0.2, "--best_by", "rouge_l"))])  # fmt: skip
         assert main() == 0
     return run
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_to_copy(copied: Path, copying: Path) -> None:
     values = json.loads((copied / "summary.json").read_text())["validation"]
     assert values["token_accuracy"] > 0.95
@@ -426,6 +435,7 @@ def test_a_tiny_model_learns_to_copy(copied: Path, copying: Path) -> None:
         assert tokenizer.decode(found.hypotheses[0].tokens) == row["text"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_bit(
     copied: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
@@ -454,7 +464,7 @@ def test_an_interrupted_training_goes_on_to_the_bit(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_launchers_train_what_one_process_does(copying: Path, command: Command, tmp_path: Path) -> None:
     """torchrun, and DeepSpeed's launcher with ZeRO-2: the same weights but for the rounding of sums."""
     few = ("--epochs", 12, "--eval_steps", 12, "--micro_batch_size", 4, "--learning_rate", 1e-3)
@@ -464,9 +474,7 @@ def test_launchers_train_what_one_process_does(copying: Path, command: Command, 
         ("torchrun", ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"], ()),
         ("deepspeed", ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"], ("--deepspeed_config", "ds_configs/zero2_finetune.json")),
     ):  # fmt: skip
-        done = run_command(
-            [*launcher, "finetune.seq2seq", *map(str, copy_words(copying, tmp_path / name, *few, *more))]
-        )
+        done = run_command([*launcher, "finetune", *map(str, copy_words(copying, tmp_path / name, *few, *more))])
         assert done.returncode == 0, done.stderr
         found = load_file(tmp_path / name / "model" / "model.safetensors")
         for key, tensor in expected.items():

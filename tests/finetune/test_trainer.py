@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from support import DEEPSPEED_CONFIGS
 
-from finetune.classifier import Classifier, Target, make_inputs
 from finetune.classify import ClassifyTask, Part
+from finetune.classify_data import Target, make_inputs
+from finetune.classify_model import Classifier
 from finetune.optimizer import WholeState, deepspeed_config
 from finetune.processes import Processes
 from finetune.tables import read_table
@@ -45,7 +47,7 @@ def train(
     pretrained = load_pretrained(folder / "weights")
     rows = read_table(folder / "train.tsv", ["text", "label"]).rows[:NUM_SAMPLES]
     labels = sorted({label for _, label in rows})
-    inputs = make_inputs(pretrained.tokenizer, [text for text, _ in rows], None, 32)
+    inputs = make_inputs(pretrained.tokenizer, [(text,) for text, _ in rows], 32)
     classifier = Classifier.make(
         pretrained.model, pretrained.tokenizer, Target(tuple(labels)), 32, processes, settings.seed
     )
@@ -115,6 +117,7 @@ def test_two_ranks_are_one_process_with_zero_and_without(
     assert_close(best(tmp_path / "alone"), expected, 2e-4)
 
 
+@pytest.mark.slow
 def test_fp16_goes_on_to_the_bit(in_one_process: Path, classify_folder: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, precision="fp16")
     train(0, 1, classify_folder, tmp_path / "whole", settings)
@@ -178,3 +181,80 @@ def test_auto_is_what_the_flags_say(tmp_path: Path) -> None:
     assert (sizes.micro_batch, sizes.accumulation_steps) == (4, 2)  # three micro batches on two ranks
     assert config.values["optimizer"]["params"]["lr"] == 2e-3
     assert config.precision == "fp32"
+
+
+class _Scores:
+    """A task without data, whose validations give these scores."""
+
+    lengths = np.full(4, 3)
+
+    def __init__(self, model: torch.nn.Module, scores: list[float], name: str = "accuracy", sign: float = 1.0) -> None:
+        self._model, self._scores, self.score_name, self.score_sign = model, iter(scores), name, sign
+        self.saved: list[float] = []
+        self._last = 0.0
+
+    def loss(self, samples: Any, epoch: int) -> torch.Tensor:
+        """See Task."""
+        return sum(p.sum() for p in self._model.parameters()) * 0.001  # type: ignore[return-value]
+
+    def validate(self) -> dict[str, float]:
+        """See Task."""
+        self._last = next(self._scores)
+        return {"score": self._last}
+
+    def save(self, folder: Path) -> None:
+        """See Task."""
+        self.saved.append(self._last)
+
+
+def _train_for(scores: list[float], folder: Path, run: Path, **changes: Any) -> tuple[_Scores, dict[str, Any]]:
+    pretrained = load_pretrained(folder / "weights")
+    task = _Scores(pretrained.model, scores, **{k: changes.pop(k) for k in ("name", "sign") if k in changes})
+    settings = TrainSettings(epochs=len(scores), batch_size=4, **changes)
+    return task, Trainer(pretrained.model, task, settings, run, Processes(), {}).train()
+
+
+def test_the_best_is_the_first_of_the_highest_scores(classify_folder: Path, tmp_path: Path) -> None:
+    task, best = _train_for([0.5, 0.75, 0.75, 0.25], classify_folder, tmp_path / "run")
+    assert task.saved == [0.5, 0.75]
+    assert (best["step"], best["score"]) == (2, 0.75)
+    assert len(records(tmp_path / "run", "validation")) == 4
+    task, best = _train_for([0.5, 0.5, 0.5, 0.9], classify_folder, tmp_path / "patient", patience=2)
+    assert (task.saved, best["step"]) == ([0.5], 1)
+    assert len(records(tmp_path / "patient", "validation")) == 3
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_ends_the_training_in_words(
+    score: float, classify_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"the validation's accuracy is -?(nan|inf) at step 1, expected a finite number; try a lower --learning_rate",
+    ):
+        _train_for([score, 0.5], classify_folder, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_best_is_shown_as_what_it_is(classify_folder: Path, tmp_path: Path) -> None:
+    """No score before the first validation, and a loss is not shown as its negative."""
+    shown: list[str] = []
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+        def update(self, count: int = 1) -> None:
+            return
+
+        def set_postfix_str(self, text: str) -> None:
+            shown.append(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.trainer.progress_bar", lambda *_, **__: Bar())
+        _train_for([-8.57, -7.0], classify_folder, tmp_path / "run", name="loss", sign=-1.0)
+    assert "best" not in shown[0]
+    assert shown[1].endswith(", best loss 8.5700")

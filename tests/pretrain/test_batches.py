@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -80,10 +79,8 @@ def test_corpora_stored_one_behind_the_other_keep_their_shares_all_along() -> No
 def test_a_billion_samples_in_constant_memory() -> None:
     order = SampleOrder(10**9, seed=0)
     tracemalloc.start()
-    started = time.perf_counter()
     seen = [order.samples(first, first + 4096)[1] for first in (0, 10**8, 10**9 - 4096, 3 * 10**9 + 5)]
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
-    assert time.perf_counter() - started < 30
     tracemalloc.stop()
     assert all(len(np.unique(s)) == 4096 and s.max() < 10**9 for s in seen)
 

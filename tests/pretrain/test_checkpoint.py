@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -75,11 +74,11 @@ def test_none_whole_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
 
 def _store(run: Path, keep_last: int = 1) -> Any:
     """Weights and moments of 3 MB."""
-    from pretrain.checkpoint import CheckpointStore
+    from pretrain.checkpoint_store import CheckpointStore
     from pretrain.ds_config import DeepSpeedConfig
     from pretrain.engine import Engine
 
-    config = DeepSpeedConfig(deepspeed_json(run.with_suffix(f".{os.getpid()}.json"), train_batch_size=16))
+    config = DeepSpeedConfig(deepspeed_json(run.with_suffix(f".{os.getpid()}.json"), train_batch_size=16, fp16=None))
     model = PMLM(PMLMConfig.of_size("tiny", vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64))
     return CheckpointStore(run, Engine(model, config), {}, keep_last, 0)
 
@@ -116,28 +115,24 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_next_succeeds(
 
 
 def _save_and_be_slow(rank: int, run: Path) -> None:
+    """In the second save rank 1 has a file that takes minutes to hash, as on a slow disk."""
     store = _store(run)
+    save_shards = store._engine.save_shards
+
+    def save_a_long_file(folder: Path, tag: str) -> str | None:
+        with open(folder / tag / "zero_pp_rank_1_of_many_gigabytes.pt", "wb") as file:
+            file.truncate(200 << 30)
+        return save_shards(folder, tag)  # type: ignore[no-any-return]
+
     for step in (1, 2):
         store._engine._engine.global_steps = step
         if rank == 1 and step == 2:
-            _lay_a_long_file(run / "checkpoints" / ".tmp-step00000002" / "shards")
+            store._engine.save_shards = save_a_long_file
         store.save({"samples_consumed": 32 * step})
         if step == 1:
             assert store.finish() is None
     assert store._saving.is_alive()
     time.sleep(0.5)
-
-
-def _lay_a_long_file(folder: Path) -> None:
-    """A file of rank 1 that takes minutes to hash, as a slow disk would."""
-
-    def lay() -> None:
-        while not folder.exists():
-            time.sleep(0.0005)
-        with open(folder / "zero_pp_rank_1_of_many_gigabytes.pt", "wb") as file:
-            file.truncate(200 << 30)
-
-    Thread(target=lay).start()
 
 
 def test_killed_while_a_thread_finishes_a_checkpoint_the_one_before_is_the_newest(

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PRECISIONS, RECIPES, REPOSITORY, deepspeed_json
+from support import RECIPES, REPOSITORY, deepspeed_json
 
+from pretrain.device import Speeds
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 
 
@@ -15,7 +16,7 @@ from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 def test_shipped_configurations_are_sound(path: Path) -> None:
     config = DeepSpeedConfig(path)
     assert config.total_steps
-    assert config.precision == PRECISIONS[path]
+    assert config.allowed_precisions == (("fp16",) if path.stem == "zero2" else ("fp16", "bf16", "fp32"))
     assert config.values["zero_optimization"]["stage"] == 2
 
 
@@ -41,7 +42,13 @@ def test_zero2_is_the_papers_recipe() -> None:
         ({"optimizer": {"type": "Adam", "params": {"lr": 1, "beta": 2}}}, ["unknown key optimizer.params.beta"]),
         ({"optimizer": {"type": "SGD", "params": {"lr": 1}}}, ["optimizer.type: expected Adam or AdamW, found 'SGD'"]),
         ({"optimizer": None, "gradient_clipping": None}, ["optimizer: expected an object", "gradient_clipping is missing"]),
-        ({"bf16": {"enabled": True}}, ["fp16 and bf16 are both enabled"]),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["fp16 and bf16 are both enabled"]),
+        ({"fp16": {"enabled": "yes"}}, ["fp16.enabled: expected true, false or \"auto\", found 'yes'"]),
+        ({"bf16": {"enabled": 1}}, ["bf16.enabled: expected true, false or \"auto\", found 1"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1, "bias_correction": False}}}, ["optimizer.params.bias_correction"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1, "torch_adam": True}}}, ["unknown key optimizer.params.torch_adam"]),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+         ["zero_optimization.stage 1, bf16 and data_types.grad_accum_dtype fp32 do not go together"]),
         ({"train_batch_size": 0}, ["train_batch_size: expected a whole number of at least 1, found 0"]),
         ({"train_batch_size": "auto"}, ["train_batch_size: expected a whole number of at least 1, found 'auto'"]),
         ({"train_batch_size": None, "train_micro_batch_size_per_gpu": None}, ["train_batch_size or train_micro"]),
@@ -95,3 +102,35 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path: Path, world_si
     config = DeepSpeedConfig(deepspeed_json(tmp_path / "ds.json"))
     with pytest.raises(ValueError, match=rf"train_batch_size 32 is not .* x {world_size} ranks"):
         config.batch_sizes(world_size)
+
+
+def test_the_precision_can_be_left_to_the_device(tmp_path: Path) -> None:
+    auto = {"enabled": "auto"}
+    for changes, allowed in [
+        ({"fp16": auto, "bf16": auto}, ("fp16", "bf16", "fp32")),
+        ({"bf16": auto}, ("bf16", "fp32")),
+        ({"fp16": auto, "bf16": {"enabled": True}}, ("bf16",)),
+        ({"fp16": {"enabled": True}, "bf16": auto}, ("fp16",)),
+        ({"fp16": None}, ("fp32",)),
+    ]:
+        config = DeepSpeedConfig(deepspeed_json(tmp_path / "ds.json", **changes))
+        assert config.allowed_precisions == allowed
+        for precision in allowed:
+            decided = config.with_precision(precision)
+            assert decided.precision == precision
+            assert all(decided.values[name]["enabled"] == (name == precision) for name in changes if changes[name])
+        if len(allowed) > 1:
+            with pytest.raises(ValueError, match="left to the device"):
+                print(config.precision)
+
+
+def test_a_precision_that_the_device_lacks_is_refused_with_the_ways_out(tmp_path: Path) -> None:
+    old = Speeds(("fp32",), "an old CPU")
+    demanding = DeepSpeedConfig(deepspeed_json(tmp_path / "ds.json", fp16={"enabled": True}))
+    fault = demanding.precision_fault(old)
+    assert fault == (
+        f"{tmp_path / 'ds.json'}: fp16.enabled: fp16 has no fast arithmetic on this device (an old CPU); it has fp32: "
+        'choose one of them, or "auto" for the fastest'
+    )
+    assert demanding.precision_fault(Speeds(("bf16", "fp16", "fp32"), "a new CPU")) is None
+    assert DeepSpeedConfig(deepspeed_json(tmp_path / "ds.json")).precision_fault(old) is None

@@ -35,7 +35,7 @@ def losses_and_gradients(model: PMLM, layout: Layout, seed: int = 0) -> dict[str
     return {**found, "ae": losses.ae_sum.detach(), "par": losses.par_sum.detach()}
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_compiled_once_for_all_steps_with_the_same_losses() -> None:
     plain, compiled = make_model(), make_model()
     compiled.compile_layers()
@@ -95,10 +95,10 @@ def test_flags(data_folder: Path, tmp_path: Path) -> None:
     parser = make_parser("run_pretrain.py", "")
     config = str(deepspeed_json(tmp_path / "ds.json"))
     always = ["--deepspeed_config", config, "--data", str(data_folder)]
-    found = check_inputs(parser.parse_args(always), 1).config
+    found = check_inputs(parser.parse_args(always), 1, None).config
     assert (found.attention, found.compile, found.activation_checkpointing) == ("auto", False, False)
     chosen = [*always, "--attention", "flex", "--dropout", "0", "--compile", "--activation-checkpointing"]
-    found = check_inputs(parser.parse_args(chosen), 1).config
+    found = check_inputs(parser.parse_args(chosen), 1, None).config
     assert (found.attention, found.compile, found.activation_checkpointing) == ("flex", True, True)
     with pytest.raises(ValueError, match=r"--attention flex cannot drop .* dropout is 0.1; pass --dropout 0"):
-        check_inputs(parser.parse_args([*always, "--attention", "flex"]), 1)
+        check_inputs(parser.parse_args([*always, "--attention", "flex"]), 1, None)

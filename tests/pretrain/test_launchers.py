@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import socket
+import subprocess
+import sys
 
-from pretrain.launchers import Place, find_place, tasks_per_node
+import pytest
+from support import PATIENCE_S, REPOSITORY, environment, free_port, run_command
+
+from data_prep.console import available_cores
+from pretrain.launchers import _LOCAL_SIZES, Place, find_place, own_address, tasks_per_node
 
 TORCHRUN = {
     "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"
@@ -36,6 +42,11 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
         (without(SRUN, "SLURM_STEP_ID"), Place()),  # the batch script itself
         (SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "MASTER_ADDR": ""},
          Place(9, 1, 2, 2, "127.0.0.1", 12007)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), Place(3, 1, 4, None, "a", 5)),  # by hand: one host or several
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"MASTER_ADDR": "127.0.0.2"}, Place(3, 1, 4, 4, "127.0.0.2", 5)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"MASTER_ADDR": "::1"}, Place(3, 1, 4, 4, "::1", 5)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"MASTER_ADDR": "localhost"}, Place(3, 1, 4, 4, "localhost", 5)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"WORLD_SIZE": "1", "RANK": "0"}, Place(0, 1, 1, 1, "a", 5)),
         (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, Place(master_addr="a", master_port=5)),
     ],
 )  # fmt: skip
@@ -57,6 +68,49 @@ def test_the_place_is_what_the_innermost_launcher_says(environ: dict[str, str], 
 def test_what_is_missing_is_named(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_place(environ)
+
+
+@pytest.mark.slow
+def test_ranks_started_by_hand_are_no_one_host_until_they_are_counted() -> None:
+    """Each rank is told what `find_place` asks for if it is not told, and an address that other hosts could reach."""
+    assert not find_place(without(TORCHRUN, "LOCAL_WORLD_SIZE")).is_one_host
+    code = (
+        "import os, torch; from pretrain.distributed import join_ranks, leave_ranks; "
+        "assert 'LOCAL_SIZE' not in os.environ; join_ranks(); print(os.environ['LOCAL_SIZE'], torch.get_num_threads()); "
+        "leave_ranks()"
+    )
+    shared = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": own_address(), "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"
+    }  # fmt: skip
+    env = without(environment(**shared), "OMP_NUM_THREADS", *_LOCAL_SIZES)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=REPOSITORY, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
+    assert [out for out, _ in outputs] == [f"2 {max(1, available_cores() // 2)}\n"] * 2, outputs
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named_with_the_remedy() -> None:
+    code = "from pretrain.distributed import join_ranks\ntry: join_ranks()\nexcept ValueError as error: print(error)"
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        done = run_command([sys.executable, "-c", code], **place)
+    assert f"port {port} is in use, perhaps by another run" in done.stdout, done.stderr
+    assert "--master_port" in done.stdout
 
 
 def test_tasks_per_node() -> None:

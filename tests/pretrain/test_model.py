@@ -254,7 +254,7 @@ def test_a_foreign_apex_is_not_taken_for_nvidias_nor_imported(tmp_path: Path, mo
     make_package(tmp_path, "apex/__init__.py", content="raise RuntimeError('a foreign package was imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert nvidia_apex_folder() is None
-    assert type(layer_norm(8)) is torch.nn.LayerNorm
+    assert isinstance(layer_norm(8), torch.nn.LayerNorm)
     assert "apex" not in sys.modules
 
 

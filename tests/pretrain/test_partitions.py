@@ -28,7 +28,9 @@ def write(folder: Path, stage: int, world_size: int) -> dict[str, dict[str, torc
             for kind, whole in values.items()}  # fmt: skip
     for rank in range(world_size):
         state = {
-            group: {kind: rows[kind][group][rank] for kind in MOMENTS} | {"step": 3} for group in range(len(GROUPS))
+            group: {kind: rows[kind][group][rank] for kind in MOMENTS}
+            | {"step": 3 if world_size == 2 else torch.tensor(3.0)}
+            for group in range(len(GROUPS))  # DeepSpeed's Adam counts in a number, torch's in a tensor
         }
         weights = [row[rank] for row in rows[WEIGHT]]
         names = ("fp32_flat_groups", "optimizer_state_dict")
@@ -59,12 +61,8 @@ def _cut(weights: list[torch.Tensor], stage: int, world_size: int) -> list[torch
 def test_every_stretch_of_every_weight_is_read_back(tmp_path: Path, stage: int, world_size: int) -> None:
     expected = write(tmp_path / "shards", stage, world_size)
     saved = Partitions(tmp_path / "shards")
-    assert (saved.stage, saved.world_size, saved.counters, saved.loss_scaler["cur_scale"]) == (
-        stage,
-        world_size,
-        {"step": 3},
-        8,
-    )
+    assert (saved.stage, saved.world_size, saved.num_updates) == (stage, world_size, 3)
+    assert saved.loss_scaler["cur_scale"] == 8
     for kind, weights in expected.items():
         for name, weight in weights.items():
             for start in range(weight.numel() + 1):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from support import REPOSITORY, deepspeed_json, run_command
+from support import REPOSITORY, RUN_IN_ANY_PRECISION, deepspeed_json, run_command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.build import build
@@ -49,7 +49,7 @@ def folder(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv_monitor={"enabled": True, "output_path": str(folder), "job_name": "csv"},
     )  # fmt: skip
     command = [
-        "python", "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(folder / "data"), "--run", str(folder / "run"),
+        "python", RUN_IN_ANY_PRECISION, "--deepspeed_config", str(config), "--data", str(folder / "data"), "--run", str(folder / "run"),
         "--model", "tiny", "--hidden_size", "32", "--intermediate_size", "64", "--log_every_steps", "1", "--validate_every_steps", "3",
         "--save_every_steps", "3", "--validation_samples", "40", "--cloze_prompts", str(folder / "prompts.txt"), "--max_steps",
     ]  # fmt: skip

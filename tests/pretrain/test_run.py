@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -11,10 +13,21 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from support import REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_as_ranks, run_command
+from support import (
+    REPOSITORY,
+    RUN_IN_ANY_PRECISION,
+    assert_user_error,
+    deepspeed_json,
+    environment,
+    free_port,
+    run_as_ranks,
+    run_command,
+)
 
+import run_pretrain
 from pretrain.metrics import MEASURED, read_records
 
 pytestmark = pytest.mark.slow
@@ -36,8 +49,8 @@ def config(tmp_path: Path) -> Path:
 
 def flags(config: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [
-        "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(data), "--run", str(run), *MODEL,
-        "--log_every_steps", "1", "--validate_every_steps", "5", "--save_every_steps", "3", "--keep_last", "9", *more,
+        RUN_IN_ANY_PRECISION, "--deepspeed_config", str(config), "--data", str(data), "--run", str(run), *MODEL,
+        "--log_every_steps", "1", "--validate_every_steps", "5", "--save_every_steps", "3", "--keep_last", "9", "--validation_samples", "64", *more,
     ]  # fmt: skip
 
 
@@ -60,8 +73,25 @@ def descendants(pid: int) -> list[int]:
     return [pid, *(d for child in children for d in descendants(int(child)))]
 
 
-def train_until_killed(command: list[str], run: Path, step: int) -> None:
-    """Start, wait for the record of `step`, then kill -9 the launcher and every rank."""
+RUN_THAT_WAITS = """
+import runpy, sys, time
+sys.path[0] = {repository!r}
+from pretrain.batches import BatchesAhead
+next_step, steps = BatchesAhead.next_step, iter(range({num_steps}))
+def waiting(self):
+    while next(steps, None) is None:
+        time.sleep(1)
+    return next_step(self)
+BatchesAhead.next_step = waiting
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def train_until_killed(flags: list[str], run: Path, step: int) -> None:
+    """Start two ranks, which wait after the step behind `step`; when that is recorded, kill -9 the launcher and them."""
+    script = run.parent / "waiting.py"
+    script.write_text(RUN_THAT_WAITS.format(repository=str(REPOSITORY), num_steps=step + 1, script=flags[0]))
+    command = two_ranks(str(script), *flags[1:])
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
     while not any(r["kind"] == "train" and r["step"] >= step for r in read_records(run)):
         assert process.poll() is None, process.communicate()[1]
@@ -80,6 +110,7 @@ def uninterrupted(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.mark.old_processor
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
     uninterrupted: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -89,9 +120,9 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
     assert len({r["loss_scale"] for r in trained}) > 2
     assert trained[-1]["ae_loss"] < trained[0]["ae_loss"]
 
-    command = two_ranks(*flags(uninterrupted / "ds.json", data_folder, tmp_path / "run"))
+    command = flags(uninterrupted / "ds.json", data_folder, tmp_path / "run")
     train_until_killed(command, tmp_path / "run", step=7)
-    done = run_command(command)
+    done = run_command(two_ranks(*command))
     assert done.returncode == 0, done.stderr
     assert "resumed from step" in done.stderr
     starts = [record for record in read_records(tmp_path / "run") if record["kind"] == "start"]
@@ -108,6 +139,7 @@ next_step, last, output = BatchesAhead.next_step, [], os.dup(1)  # the run has i
 def looking(self):
     assert not any(layout() for layout in last), "a batch of the step before is still there"
     os.write(output, b"freed " * len(last))
+    assert "torch._inductor.compile_fx" not in sys.modules, "two seconds of every start"
     layouts = next_step(self)
     last[:] = map(weakref.ref, layouts)
     return layouts
@@ -185,18 +217,49 @@ def test_the_learning_rate_is_the_jsons_after_a_resume(uninterrupted: Path, data
 # ---- bad input: one clear line, status 2
 
 
+def refused(*words: str) -> subprocess.CompletedProcess[str]:
+    """run_pretrain.py in this process, for what is refused before the training starts: a process of its own takes seconds."""
+    errors = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", list(words)),
+        mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"),
+        contextlib.redirect_stderr(errors),
+    ):
+        status = run_pretrain.main()
+    return subprocess.CompletedProcess(words, status, "", errors.getvalue())
+
+
 def test_missing_data_names_the_command_that_makes_it(config: Path, tmp_path: Path) -> None:
-    done = run_command(
-        ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--data", str(tmp_path / "none")]
-    )
+    done = refused("run_pretrain.py", "--deepspeed_config", str(config), "--data", str(tmp_path / "none"))
     assert_user_error(done, "no data set there", "python -m data_prep build --corpus TEXTS", str(tmp_path / "none"))
 
 
 def test_all_faults_are_told_at_once(config: Path, data_folder: Path, tmp_path: Path) -> None:
     config = deepspeed_json(config, gradient_cliping=1.0)
-    done = one_rank(config, tmp_path / "none", tmp_path / "run", "--num_heads", "5", "--max_steps", "0")
+    done = refused(*flags(config, tmp_path / "none", tmp_path / "run", "--num_heads", "5", "--max_steps", "0"))
     assert_user_error(done, "unknown key gradient_cliping", "no data set there", "num_heads 5", "max_steps is 0")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_precision_that_the_machine_lacks_is_refused_first(config: Path, tmp_path: Path) -> None:
+    """As on an old processor; before there are data, as run_pretrain.sh checks, and with all other faults."""
+    command = ["python", "run_pretrain.py", "--deepspeed_config", str(config)]
+    done = run_command([*command, "--check_for_ranks", "2", "--num_heads", "5"], ONEDNN_MAX_CPU_ISA="AVX2")
+    assert_user_error(done, "fp16.enabled: fp16 has no fast arithmetic on this device", "it has fp32", "num_heads 5")
+    done = run_command([*command, "--data", str(tmp_path / "none")], ONEDNN_MAX_CPU_ISA="AVX2")
+    assert_user_error(done, "fp16.enabled: fp16 has no fast arithmetic on this device", "no data set there")
+    config = deepspeed_json(config, train_batch_size=32, train_micro_batch_size_per_gpu=8)  # the precision is auto
+    done = run_command([*command, "--check_for_ranks", "2"], ONEDNN_MAX_CPU_ISA="AVX2")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    done = run_command([*command, "--check_for_ranks", "3", "--check_for_tokens", "600"])
+    assert_user_error(done, "is not train_micro_batch_size_per_gpu 8", "up to 600 tokens", "--max_positions 600")
+
+
+def test_an_offloaded_optimizer_and_compiled_layers_need_a_compiler(config: Path) -> None:
+    config = deepspeed_json(config, zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    command = ["python", "run_pretrain.py", "--deepspeed_config", str(config), "--check_for_ranks", "1", "--compile"]
+    done = run_command(command, CXX="no-such-compiler")
+    assert_user_error(done, "offload_optimizer: ", "--compile: ", "the program no-such-compiler is missing")
 
 
 def test_a_batch_that_the_ranks_do_not_divide(config: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -234,7 +297,10 @@ def test_foreign_or_damaged_data(config: Path, data_folder: Path, tmp_path: Path
             content[place] ^= 0x01
         (folder / victim).write_bytes(content)
         words = ["train-00000.h5: damaged", "python -m data_prep verify"]
-    assert_user_error(one_rank(config, folder, tmp_path / "run"), *words)
+    if victim == "train-00000.h5":  # noticed when it is read
+        assert_user_error(one_rank(config, folder, tmp_path / "run"), *words)
+    else:
+        assert_user_error(refused(*flags(config, folder, tmp_path / "run")), *words)
 
 
 def test_a_full_disk_while_saving(config: Path, data_folder: Path, small_disk: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import REPOSITORY
@@ -17,8 +18,8 @@ from torchmetrics.functional.text import squad as published_squad
 
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 from finetune import Answerer
-from finetune.answerer import AnswerSettings, make_windows
-from finetune.question_answering import main
+from finetune.answer_data import AnswerSettings, encode_passage, make_windows
+from finetune.answer_model import Answer, best_answers
 from finetune.squad import Question, best_threshold, f1, normalize_answer, read_squad, squad_metrics
 from pretrain.export import StoredModel, write_export
 from pretrain.model import PMLM, PMLMConfig
@@ -63,19 +64,6 @@ def folder(entries: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process: status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["question_answering", *map(str, words)])
-        status = main()
-        done = capsys.readouterr()
-        return status, done.out, done.err
-
-    return run
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("is_v2", [False, True])
 def test_train_and_predict(
@@ -85,7 +73,7 @@ def test_train_and_predict(
     dev = squad_json(tmp_path / "dev.json", entries[90:], is_v2=is_v2)
     run = tmp_path / "run"
     status, _, err = command(
-        "train", "--weights", folder / "weights", "--train_file", train, "--validation_file", dev, "--output", run,
+        "answer", "--weights", folder / "weights", "--train_file", train, "--validation_file", dev, "--output", run,
         "--max_length_tokens", 64, "--max_question_tokens", 8, "--stride_tokens", 24, "--epochs", 12, "--learning_rate", 3e-3,
         "--batch_size", 8,
     )  # fmt: skip
@@ -108,29 +96,138 @@ def test_train_and_predict(
     status, out, _ = command("predict", "--model", run, "--question", file.questions[0].text, "--passage", file.questions[0].passage)  # fmt: skip
     assert status == 0
     assert json.loads(out)["text"] == predictions[file.questions[0].id]
-    assert command("predict", "--model", run, "--file", dev, "--output", tmp_path / "p")[0] == 0
+    assert command("predict", "--model", run, "--input", dev, "--output", tmp_path / "p")[0] == 0
     assert json.loads((tmp_path / "p" / "predictions.json").read_text()) == predictions
     assert Answerer.load(run).threshold is None or is_v2
 
 
 def test_every_answer_is_in_a_window(entries: list[tuple[str, str]], tokenizer: Tokenizer, tmp_path: Path) -> None:
     questions = read_squad(squad_json(tmp_path / "x.json", entries, is_v2=False)).questions
-    settings = AnswerSettings(stride_tokens=20, max_question_tokens=6)
+    settings = AnswerSettings(stride_tokens=20, max_question_tokens=6, max_answer_tokens=12)
     found = make_windows(tokenizer, questions, 48, settings)
     seen: dict[int, set[int]] = {number: set() for number in range(len(questions))}
     is_found = set()
-    for window in found.windows:
-        spans = found.offsets[window.question]
-        assert len(window.ids) == len(window.segments) <= 48
-        assert len(window.needed) == window.num_tokens + 1
-        seen[window.question] |= {*range(window.first, window.first + window.num_tokens)}
-        if window.target != (0, 0):
-            is_found.add(window.question)
-            first, last = (window.first + place - 1 for place in window.target)
-            text = questions[window.question].passage[spans[first][0] : spans[last][1]]
-            assert questions[window.question].answers[0] in text
+    all_spans = [encode_passage(tokenizer, question.passage)[1] for question in questions]
+    for window, number in enumerate(found.question_of_W.tolist()):
+        first_token, num_tokens, spans = int(found.first_W[window]), int(found.num_tokens_W[window]), all_spans[number]
+        assert len(found.ids(window)) == len(found.segments(window)) == found.lengths[window] <= 48
+        assert len(found.needed(window)) == num_tokens + 1
+        seen[number] |= {*range(first_token, first_token + num_tokens)}
+        if found.targets_W2[window].any():
+            is_found.add(number)
+            first, last = (first_token + place - 1 for place in found.targets_W2[window].tolist())
+            assert questions[number].answers[0] in questions[number].passage[spans[first][0] : spans[last][1]]
     assert is_found == {*range(len(questions))}
-    assert all(tokens == {*range(len(found.offsets[number]))} for number, tokens in seen.items())
+    assert not found.answerless
+    assert all(tokens == {*range(len(all_spans[number]))} for number, tokens in seen.items())
+
+
+@pytest.mark.parametrize(
+    ("max_length_tokens", "settings", "expected"),
+    [
+        (384, AnswerSettings(), 128), (128, AnswerSettings(), 32), (97, AnswerSettings(), 1),
+        (128, AnswerSettings(max_answer_tokens=1), 61), (128, AnswerSettings(stride_tokens=32), 32), (384, AnswerSettings(stride_tokens=288), 288),
+    ],
+)  # fmt: skip
+def test_the_default_stride_leaves_every_answer_in_a_window(
+    max_length_tokens: int, settings: AnswerSettings, expected: int
+) -> None:
+    assert settings.stride(max_length_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_length_tokens", "settings", "words"),
+    [
+        (128, AnswerSettings(stride_tokens=128), "--stride_tokens 128: --max_length_tokens 128 leaves 61 tokens for a passage .* expected at most 32"),
+        (384, AnswerSettings(stride_tokens=289), "--stride_tokens 289: .* expected at most 288, so that each is in a window"),
+        (96, AnswerSettings(), "--max_length_tokens 96 leaves 29 tokens .* expected at least --max_answer_tokens 30"),
+        (40, AnswerSettings(), "--max_length_tokens 40 leaves 0 tokens"),
+    ],
+)  # fmt: skip
+def test_a_stride_that_loses_answers_is_refused(max_length_tokens: int, settings: AnswerSettings, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settings.stride(max_length_tokens)
+
+
+@pytest.mark.parametrize("stride_tokens", [None, 7])
+def test_no_token_of_a_passage_and_no_answer_is_lost(stride_tokens: int | None, sentence_piece: Tokenizer) -> None:
+    """Every span of up to `max_answer_tokens` tokens of a long passage, as an answer."""
+    passage = " ".join(f"word{number} of the man" for number in range(40))
+    _, spans = encode_passage(sentence_piece, passage)
+    settings = AnswerSettings(stride_tokens=stride_tokens, max_question_tokens=4, max_answer_tokens=6)
+    answers = [
+        (spans[first][0], spans[min(first + length, len(spans)) - 1][1])
+        for first in range(0, len(spans), 3)
+        for length in (1, 3, 6)
+    ]
+    answers = [(start, stop) for start, stop in answers if start < stop]
+    questions = [
+        Question(str(number), "which word of the man is it?", passage, (passage[start:stop],), start)
+        for number, (start, stop) in enumerate(answers)
+    ]
+    found = make_windows(sentence_piece, questions, 24, settings)
+    assert found.num_cut_questions == len(questions)
+    assert len(found.passages) == 1
+    assert found.answerless == frozenset()
+    is_there = found.targets_W2.any(axis=1)
+    assert {*found.question_of_W[is_there].tolist()} == {*range(len(questions))}
+    for window in found.question_of_W.nonzero()[0][:50].tolist():
+        ids = found.passages[0][found.first_W[window] :][: found.num_tokens_W[window]].tolist()
+        assert found.ids(window)[-len(ids) - 1 : -1] == ids
+
+
+def test_an_answer_in_no_window_is_left_out_and_counted(
+    folder: Path, entries: list[tuple[str, str]], command: Command, tmp_path: Path
+) -> None:
+    file = json.loads(squad_json(tmp_path / "x.json", entries[:3], is_v2=False).read_text())
+    for paragraph in file["data"][0]["paragraphs"][:2]:  # of many windows, and of as many as an answer has tokens
+        paragraph["context"] = paragraph["context"] * 3
+        paragraph["qas"][0]["answers"][0]["text"] = paragraph["context"]
+    (tmp_path / "x.json").write_text(json.dumps(file))
+    status, _, err = command(
+        "answer", "--weights", folder / "weights", "--epochs", 1, "--max_length_tokens", 64, "--max_question_tokens", 8, "--output",
+        tmp_path / "run", "--train_file", tmp_path / "x.json", "--validation_file", tmp_path / "x.json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "x.json: 2 of 3 questions are left out: their answer has more tokens than fit in a window" in err
+    assert "x.json: 1 questions in " in err
+
+
+def test_the_best_answers_are_those_of_their_definition() -> None:
+    """Of all windows: spans by start + end, the smallest score of no answer, probabilities among those kept."""
+    draw = np.random.default_rng(0)
+    passage = "abcdefgh"
+    spans = [(place, place + 1) for place in range(8)]
+    settings = AnswerSettings(max_answer_tokens=3, num_best=64)
+    windows = [(0, draw.normal(size=(6, 2))), (3, draw.normal(size=(6, 2)))]
+    best, none = best_answers(passage, spans, windows, settings)
+    assert none == pytest.approx(min(scores[0].sum() for _, scores in windows))
+    assert none != pytest.approx(max(scores[0].sum() for _, scores in windows))
+    expected: dict[tuple[int, int], float] = {}
+    for first, scores in windows:
+        for start in range(5):
+            for end in range(start, min(5, start + 3)):
+                key, score = (first + start, first + end + 1), scores[1 + start, 0] + scores[1 + end, 1]
+                expected[key] = max(score, expected.get(key, -math.inf))
+    ordered = sorted(expected.items(), key=lambda item: -item[1])
+    assert [(a.text, a.start) for a in best] == [(passage[a:b], a) for (a, b), _ in ordered]
+    assert [a.score for a in best] == pytest.approx([score for _, score in ordered])
+    odds = np.exp([a.score for a in best])
+    assert [a.probability for a in best] == pytest.approx(odds / odds.sum())
+
+
+def test_no_answer_is_above_the_threshold_only() -> None:
+    answerer = Answerer.__new__(Answerer)
+    best = [Answer("x", 1.0)]
+    for threshold, none, expected in (
+        (None, 9.0, "x"),
+        (2.0, 3.0, "x"),
+        (2.0, 3.1, ""),
+        (-1.0, 0.0, "x"),
+        (-1.0, 0.1, ""),
+    ):
+        answerer.threshold = threshold
+        assert answerer.choose(best, none).text == expected
 
 
 def test_offsets_are_of_the_text(tokenizer: Tokenizer) -> None:
@@ -202,18 +299,18 @@ def test_the_threshold_is_the_best_of_all(number: int) -> None:
     ("content", "words"),
     [
         ('{"data": [\n', ["line 2: not valid JSON"]),
-        ("[]", ["top: expected 'data' to be a list"]),
+        ("[]", ["top: found [] (a list), expected an object with 'data'"]),
         ('{"data": []}', ["has no questions"]),
         ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 3}]}]}]}',
-         ["data[0].paragraphs[0].qas[0]: expected 'id' to be text, found int"]),
+         ["data[0].paragraphs[0].qas[0]: 'id' is 3 (a number), expected text"]),
         ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": "3", "question": "?"}]}]}]}',
-         ["qas[0]: expected 'answers' to be a list, found NoneType"]),
+         ["qas[0]: has no 'answers', expected a list"]),
     ],
 )  # fmt: skip
 def test_bad_files(content: str, words: list[Any], folder: Path, command: Command, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(content)
     files = ("--train_file", tmp_path / "bad.json", "--validation_file", tmp_path / "bad.json")
-    status, _, err = command("train", "--weights", folder / "weights", *files, "--output", tmp_path / "run")
+    status, _, err = command("answer", "--weights", folder / "weights", *files, "--output", tmp_path / "run")
     assert status == 2
     assert err.count("error:") == 1
     assert all(word in err for word in ["bad.json: ", *words]), err
@@ -228,7 +325,17 @@ def test_answers_elsewhere_are_counted(
     for number, paragraph in enumerate(p for article in some["data"] for p in article["paragraphs"]):
         paragraph["qas"][0]["id"] = str(number)
     (tmp_path / "some.json").write_text(json.dumps(some))
-    words = ("train", "--weights", folder / "weights", "--epochs", 1, "--max_length_tokens", 80)
+    words = (
+        "answer",
+        "--weights",
+        folder / "weights",
+        "--epochs",
+        1,
+        "--max_length_tokens",
+        80,
+        "--max_question_tokens",
+        8,
+    )
     files = ("--train_file", tmp_path / "some.json", "--validation_file", tmp_path / "some.json")
     status, _, err = command(*words, *files, "--output", tmp_path / "some")
     assert status == 0, err
