@@ -91,7 +91,7 @@ def write_huggingface(output: Path, stored: StoredModel, purpose: Purpose | None
         write_json(
             folder / GENERATION_CONFIG, generation_config(tokenizer, purpose.search, stored.config.max_positions)
         )
-        write_whole(folder / MODEL_CARD, model_card(purpose, output.name, stored.origin).encode())
+        write_whole(folder / MODEL_CARD, model_card(purpose, stored.origin).encode())
 
 
 def register() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from finetune.search_settings import SearchSettings
 
+_FOLDER = '\n\nMODEL = "my_model"  # this folder\n'
+
 
 @dataclass(frozen=True)
 class Purpose:
@@ -19,7 +21,7 @@ class Purpose:
     pipeline_tag: str
     """The task's name at Hugging Face."""
     example: str
-    """Python code that uses the model; `{folder}` is the folder's name."""
+    """Python code that uses the model, in the folder MODEL."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Entries of config.json for this task."""
     max_length_tokens: int | None = None
@@ -35,7 +37,7 @@ def masked_lm() -> Purpose:
     return Purpose("PMLMForMaskedLM", "fill-mask", """\
 from transformers import pipeline
 
-fill_mask = pipeline("fill-mask", model="{folder}", trust_remote_code=True)
+fill_mask = pipeline("fill-mask", model=MODEL, trust_remote_code=True)
 print(fill_mask("a single man in " + fill_mask.tokenizer.mask_token + " of a good fortune"))
 """, search=SearchSettings(num_beams=1))  # fmt: skip
 
@@ -56,7 +58,7 @@ def classification(
     example = f"""\
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="{{folder}}", trust_remote_code=True)
+classify = pipeline("text-classification", model=MODEL, trust_remote_code=True)
 print(classify({text}, truncation=True{extra}))
 """
     return Purpose(
@@ -72,8 +74,8 @@ def question_answering(
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-model = AutoModelForQuestionAnswering.from_pretrained("{{folder}}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{{folder}}", trust_remote_code=True)
+model = AutoModelForQuestionAnswering.from_pretrained(MODEL, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
 question, passage = "Who wrote it?", "It was written by Jane Austen in 1813."
 batch = tokenizer(question, passage, truncation="only_second", return_offsets_mapping=True, return_tensors="pt")
 offsets = batch.pop("offset_mapping")[0].tolist()
@@ -103,22 +105,22 @@ def writing(search: SearchSettings, max_source_tokens: int, metrics: Mapping[str
     return Purpose("PMLMForConditionalGeneration", "text2text-generation", """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-model = AutoModelForSeq2SeqLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+model = AutoModelForSeq2SeqLM.from_pretrained(MODEL, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
 batch = tokenizer(["It is a truth universally acknowledged."], truncation=True, padding=True, return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))
 """, {}, max_source_tokens, search, metrics)  # fmt: skip
 
 
-def model_card(purpose: Purpose, folder_name: str, origin: Mapping[str, Any]) -> str:
-    """Return README.md of the folder of this name; `origin`: see StoredModel."""
+def model_card(purpose: Purpose, origin: Mapping[str, Any]) -> str:
+    """Return README.md of a folder, wherever it lies; `origin`: see StoredModel."""
     lines = [
         "---", "library_name: transformers", f"pipeline_tag: {purpose.pipeline_tag}", "tags:", "- pmlm", "- unilm", "---", "",
-        f"# {folder_name}", "",
+        "# Pseudo-masked language model", "",
         "A pseudo-masked language model (UniLMv2, [Bao et al., 2020](https://arxiv.org/abs/2002.12804)): a Transformer encoder with",
         "BERT's names and T5's relative position bias. The folder holds its code (`modeling_pmlm.py`), which transformers runs if",
         "`trust_remote_code=True` is given.", "",
-        "```python", purpose.example.replace("{folder}", folder_name).rstrip(), "```", "",
+        "```python", purpose.example.rstrip().replace("\n\n", _FOLDER, 1), "```", "",
     ]  # fmt: skip
     if labels := purpose.config.get("id2label"):
         names = list(labels.values())

@@ -143,16 +143,13 @@ for path in sys.argv[1:]:
 """
 
 
-def example(folder: Path, *replaced: tuple[str, str]) -> Path:
-    """Return a file of the model card's code."""
+def example(folder: Path) -> Path:
+    """Return a file of the model card's code, for this folder's name."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
     assert code is not None
-    text = code[1]
-    for old, new in replaced:
-        assert old in text
-        text = text.replace(old, new)
+    assert 'MODEL = "my_model"' in code[1]
     path = folder.with_name(f"{folder.name}.py")
-    path.write_text(text, "utf-8")
+    path.write_text(code[1].replace("my_model", folder.name, 1), "utf-8")
     return path
 
 
