@@ -23,7 +23,7 @@ test-fast: lint
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	.venv/bin/mypy --num-workers 2
 
 setup:
 	./setup.sh dev

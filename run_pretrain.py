@@ -15,6 +15,7 @@ import traceback
 from contextlib import nullcontext
 
 from data_prep.console import USER_ERROR_STATUS, describe_error
+from data_prep.errors import UserError
 from pretrain.checkpoint import SaveFailed
 from pretrain.config import check_flags, check_inputs, make_parser
 from pretrain.device import speeds
@@ -27,7 +28,7 @@ from pretrain.watchdog import RETRY_STATUS, RankLost
 def main() -> int:
     """Entry point of one rank; returns its exit status."""
     args = make_parser("run_pretrain.py", __doc__ or "").parse_args()
-    rank, console, log = 0, sys.stderr, None
+    rank, console, log, is_training = 0, sys.stderr, None, False
     try:
         if args.check_for_ranks is not None:
             check_flags(args, args.check_for_ranks, speeds())
@@ -39,8 +40,12 @@ def main() -> int:
         with hold_run(inputs.config.run, console) if rank == 0 else nullcontext():
             from pretrain.train import train  # here, so that what is wrong is said before the seconds this import takes
 
+            is_training = True
             train(inputs, console)
     except (ValueError, OSError) as error:
+        if is_training and not isinstance(error, (UserError, OSError)):  # a defect of this program
+            report_crash(error, console, log, rank)
+            return 1
         if log:
             traceback.print_exc()  # to the log
         wait_for_the_first_rank_to_report(rank)

@@ -99,7 +99,7 @@ if [ $num_given = 0 ]; then
     [ $in_job = no ] && corpus=(sample_corpus) || data=data/pretrain
 fi
 for path in ${corpus[@]+"${corpus[@]}"}; do
-    [ -e "$path" ] || fail "--corpus: $path: no such file or folder"
+    [[ $path == *://* ]] || [ -e "$path" ] || fail "--corpus: $path: no such file or folder"
 done
 [ -z "$mixture" ] || [ -f "$mixture" ] || fail "--mixture: $mixture: no such file"
 if [ -n "$data" ]; then
@@ -131,7 +131,9 @@ run=${run:-runs/$name}
 training=(run_pretrain.py --deepspeed_config "$deepspeed_config" --data "$data" --run "$run" --model "$model")
 [ $in_job = yes ] || training+=(--validate_every_steps 100 --save_every_steps 100)
 training+=(${training_flags[@]+"${training_flags[@]}"})
-python "${training[@]}" --check_for_ranks $((${SLURM_JOB_NUM_NODES:-1} * ranks))
+checking=(--check_for_ranks $((${SLURM_JOB_NUM_NODES:-1} * ranks)))
+[ $make_data = no ] || checking+=(--check_for_tokens "$max_length_tokens")
+python "${training[@]}" "${checking[@]}"
 
 if [ $make_data = yes ]; then
     reading=(--document_per "$document_per" --text_field "$text_field")

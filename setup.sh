@@ -65,11 +65,13 @@ main() {
     missing=()
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     if [ "${1:-}" = all ]; then
-        # A heavy test compares with DeepSpeed's own optimizer, which is compiled; others run real sshd, pdsh, mpirun, Slurm, Chromium.
+        # A heavy test compares with DeepSpeed's own optimizer, which is compiled; others run real sshd, pdsh, mpirun, Slurm,
+        # Chromium and networks.
         [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
         command -v c++ >/dev/null || missing+=(g++)
         [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
         command -v ssh >/dev/null || missing+=(openssh-client)
+        command -v ip >/dev/null || missing+=(iproute2)
         command -v pdsh >/dev/null || missing+=(pdsh)
         command -v mpirun >/dev/null || missing+=(openmpi-bin)
         command -v srun >/dev/null || missing+=(slurm-client)

@@ -11,6 +11,8 @@ All in one run, on the same text, which is JSON lines as `python -m benchmarks.c
 
 Beside the seconds on the clock are CPU seconds, which other work on the machine disturbs less. Prints a table; --output
 writes the figures as JSON.
+
+With --scale, instead, what a corpus of 160 GB would open, send and hold: see benchmarks/data_scale.py.
 """
 
 from __future__ import annotations
@@ -31,17 +33,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from benchmarks.data_scale import measure_scale, table_of_scale
 from data_prep.build import draw_mask_sets
 from data_prep.cleaning import NO_CLEANING, cleaned
 from data_prep.console import ArgumentParser, progress_bar, run_command
 from data_prep.corpus import Document, Unit, find_sources, make_document, plan_units, read_unit
-from data_prep.files import sha256_of_file
+from data_prep.corpus_files import find_files
 from data_prep.memory import keep_freed_memory
 from data_prep.packing import Texts, assemble
 from data_prep.parameters import BuildParameters
+from data_prep.parts import part_path
 from data_prep.shards import CHUNK_SAMPLES, DataSet, read_data_manifest, write_data_manifest, write_shard
 from data_prep.tokenizer import load_tokenizer
-from data_prep.units import read_texts, tokenize, write_unit
+from data_prep.units import UNIT, read_texts, tokenize, write_part
 from pretrain.batches import RecentChunks, SampleOrder
 
 _T = TypeVar("_T")
@@ -171,9 +175,6 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
     sources, tokenizer, parameters = find_sources(corpus), load_tokenizer(model), BuildParameters(mask_sets=_MASK_SETS)
     seconds["start of the process"] = cost_of("-c", _START).cpu_s
     exec(_START, {})
-    with timed("hashes of the input"):
-        for source in sources:
-            sha256_of_file(source.path)
     with timed("compiled code from its cache"):
         few = [make_document([line]) for line in ("It is a truth universally acknowledged.", "A single man.")]
         texts, _ = tokenize(few, tokenizer, replace(parameters, validation_fraction=0))
@@ -187,13 +188,13 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
             return encode(texts)
 
     def read(unit: Unit) -> Iterator[Document]:
-        return cleaned(read_unit(sources, unit), NO_CLEANING, Counter())
+        return cleaned(read_unit(unit, bytearray()), NO_CLEANING, Counter())
 
     tokenizer.encode_texts = timed_encode  # type: ignore[method-assign]
     waiting: list[Texts] = []
     with _bar("stages", len(units)) as bar:
         for index, unit in enumerate(units):
-            with timed("read: JSON, lines"):
+            with timed("read: JSON, lines, hash of the input"):
                 for _ in read(unit):
                     pass
             with timed("read and hash"):
@@ -202,8 +203,9 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
             with timed("tokenize"):
                 texts, counts = tokenize(read(unit), tokenizer, parameters)
             with timed("texts to files and back"):
-                write_unit(folder, index, texts, counts)
-                waiting.append(read_texts(folder, index, "train"))
+                path = part_path(folder, UNIT, index, 0, is_last=True)
+                write_part(path, texts, counts, b"")
+                waiting.append(read_texts(path, "train"))
             bar.update(1)
             while sum(len(texts.num_ids_B) for texts in waiting) >= parameters.shard_samples or index == len(units) - 1:
                 with timed("texts to files and back"):
@@ -217,10 +219,11 @@ def measure_stages(corpus: Sequence[Path], model: Path, folder: Path) -> dict[st
                 with timed("masks"):
                     masks = draw_mask_sets(samples, tokenizer, parameters, 0)
                 with timed("shards: HDF5, hash, write"):
-                    write_shard(folder / "train-00000.h5", samples, masks, parameters.max_length_tokens)
+                    path, most_masked = folder / "train-00000.h5", parameters.max_masked_tokens
+                    write_shard(path, samples, masks, parameters.max_length_tokens, most_masked)
     tokenized, seconds["hashes of the documents"] = seconds.pop("tokenize"), seconds.pop("read and hash")
     seconds["cut into texts, count"] = tokenized - seconds["encode"] - seconds["hashes of the documents"]
-    seconds["hashes of the documents"] -= seconds["read: JSON, lines"]
+    seconds["hashes of the documents"] -= seconds["read: JSON, lines, hash of the input"]
     return seconds
 
 
@@ -280,8 +283,9 @@ def measure_many_shards(small: DataSet, folder: Path) -> dict[str, Any]:
     texts = Texts(np.tile(tokenizer.normal_ids[:8], CHUNK_SAMPLES).astype(np.uint16), np.full(CHUNK_SAMPLES, 8))
     samples = assemble(texts, seed=0, first_sample=0, sos_id=tokenizer.sos_id, eos_id=tokenizer.eos_id)
     masks = draw_mask_sets(samples, tokenizer, parameters, 0)
-    entry = write_shard(folder / "train-00000.h5", samples, masks, parameters.max_length_tokens)
-    content = (folder / "train-00000.h5").read_bytes()
+    path = folder / "train-00000.h5"
+    entry = write_shard(path, samples, masks, parameters.max_length_tokens, parameters.max_masked_tokens)
+    content = path.read_bytes()
     names = [f"train-{index:05d}.h5" for index in range(_NUM_SHARDS)]
     for name in names:
         (folder / name).write_bytes(content)
@@ -348,7 +352,7 @@ def _bar(stage: str, total: int) -> Any:
 
 def measure(corpus: Sequence[Path], rounds: int) -> dict[str, Any]:
     """All figures."""
-    files = [source.path for source in find_sources(corpus)]
+    files = [path for path, _ in find_files(corpus)]
     if others := [file for file in files if file.suffix != ".jsonl"]:
         raise ValueError(f"{others[0]}: expected .jsonl files alone, which the plain loops read")
     with tempfile.TemporaryDirectory() as name:
@@ -408,14 +412,20 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 def main() -> int:
     """Entry point; returns the exit status."""
     parser = ArgumentParser(prog="python -m benchmarks.data_prep", description=__doc__)
-    parser.add_argument("--corpus", type=Path, nargs="+", required=True, help=".jsonl files or folders, 100 MB or more")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--corpus", type=Path, nargs="+", help=".jsonl files or folders, 100 MB or more")
+    what.add_argument("--scale", action="store_true", help="count what a simulated corpus of 160 GB opens and sends")
     parser.add_argument("--rounds", type=int, default=3, help="how often each run of the speed part is done")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
     def command() -> None:
-        result = measure(args.corpus, args.rounds)
-        print("\n".join(table(result)))
+        if args.scale:
+            with tempfile.TemporaryDirectory() as name:
+                result = measure_scale(Path(name))
+        else:
+            result = measure(args.corpus, args.rounds)
+        print("\n".join(table_of_scale(result) if args.scale else table(result)))
         if args.output:
             args.output.write_text(json.dumps(result, indent=1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from operator import attrgetter, mul
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep import inspect, stats
+from data_prep import inspect
 from data_prep.build import build
 from data_prep.cleaning import CleanSettings, cleaned
 from data_prep.console import (
@@ -22,6 +22,7 @@ from data_prep.console import (
     add_flags,
     available_cores,
     flag_values,
+    print_json,
     progress_bar,
     run_command,
 )  # fmt: skip
@@ -32,10 +33,16 @@ from data_prep.import_tokenizer import import_tokenizer
 from data_prep.line_sample import LineSample
 from data_prep.mixture import Corpus, Mixture, epochs_of, read_mixture, sources_of
 from data_prep.parameters import BuildParameters
-from data_prep.processes import LocalProcesses, MPIProcesses, Processes, launched_by_mpi
-from data_prep.remask import remask
+from data_prep.processes import PROCESSES_PER_CORE, LocalProcesses, MPIProcesses, Processes, launched_by_mpi
+from data_prep.recipe import read_recipe
+from data_prep.remask import REMASKED, remask
 from data_prep.shards import SPLITS, DataSet, find_faults, read_data_manifest
-from data_prep.tokenizer import ROLE_PIECES, train_tokenizer
+from data_prep.stats import Measured
+from data_prep.stats import measure as measure_data_set
+from data_prep.stats_figure import draw
+from data_prep.stats_summary import describe, summarize
+from data_prep.storage import location
+from data_prep.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, ROLE_PIECES, train_tokenizer
 
 _T = TypeVar("_T")
 
@@ -64,8 +71,8 @@ def make_parser() -> ArgumentParser:
 
     def takes_corpus(sub: ArgumentParser) -> None:
         texts = sub.add_mutually_exclusive_group(required=True)
-        texts.add_argument("--corpus", type=Path, nargs="+", metavar="PATH",
-                           help=f"text files ({EXPECTED_NAMES}), folders of them, or globs")  # fmt: skip
+        texts.add_argument("--corpus", nargs="+", metavar="PATH",
+                           help=f"text files ({EXPECTED_NAMES}), folders of them, or globs; also s3://, hf:// or https://")  # fmt: skip
         texts.add_argument("--mixture", type=Path, metavar="YAML",
                            help="file that names several corpora and how often training sees each; docs/data.md shows one")  # fmt: skip
         add_flags(sub, ReadSettings)
@@ -79,8 +86,8 @@ def make_parser() -> ArgumentParser:
 
     def takes_workers(sub: ArgumentParser) -> None:
         sub.add_argument("--workers", type=int, metavar="N",
-                         help="processes on this machine (default: its cores); under mpirun or srun the ranks do the work. "
-                              "The bytes do not depend on it")  # fmt: skip
+                         help="processes on this machine (default: its cores; never more than two a core, nor than there is work); "
+                              "under mpirun or srun rank 0 conducts and the other ranks work. The bytes do not depend on it")  # fmt: skip
 
     sub = command("train-tokenizer", _train_tokenizer, "Train a SentencePiece tokenizer on a corpus.")
     takes_corpus(sub)
@@ -122,6 +129,7 @@ def make_parser() -> ArgumentParser:
     takes_data(sub)
     sub.add_argument("--output", type=Path, required=True, help="folder of the new data set")
     add_flags(sub, BuildParameters, only=["mask_sets", "seed"])
+    add_flags(sub, BuildParameters, only=set(REMASKED) - {"mask_sets", "seed"}, optional=True)
     takes_workers(sub)
 
     sub = command("inspect", _inspect, "Show what a data set holds, and samples with their masks and turns.")
@@ -155,12 +163,16 @@ def _from_flags(cls: type[_T], args: Any) -> _T:
 
 def _mixture(args: Any) -> Mixture:
     reading = _from_flags(ReadSettings, args)
-    return read_mixture(args.mixture, reading) if args.mixture else [Corpus(args.corpus, reading)]
+    return read_mixture(args.mixture, reading) if args.mixture else [Corpus([*map(location, args.corpus)], reading)]
 
 
 def _train_tokenizer(args: Any) -> None:
-    if args.sample_mb <= 0:
-        raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected more than 0")
+    if not 0 < args.sample_mb < math.inf:
+        raise ValueError(f"--sample_mb is {args.sample_mb:g}, expected a number above 0")
+    if not MIN_VOCAB_SIZE <= args.vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"--vocab_size is {args.vocab_size}, expected {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {args.seed}, expected 0 to 2**63 - 1")
     mixture, cleaning = _mixture(args), _from_flags(CleanSettings, args)
     sources = [list(of_corpus) for _, of_corpus in groupby(sources_of(mixture), key=attrgetter("corpus"))]
     sizes = [sum(source.size_bytes for source in of_corpus) for of_corpus in sources]
@@ -219,7 +231,7 @@ def _build(args: Any) -> None:
 def _remask(args: Any) -> None:
     _with_processes(
         args,
-        partial(remask, args.data, args.output, args.seed, args.mask_sets),
+        partial(remask, args.data, args.output, flag_values(args, REMASKED)),
         partial(_tell_what_was_built, args.output),
     )
 
@@ -229,16 +241,16 @@ def _stats(args: Any) -> None:
     if figure.suffix != ".png":
         raise ValueError(f"--output {figure}: the figure is a PNG; give it a name that ends in .png")
 
-    def measure(processes: Processes) -> stats.Measured:
-        recipe = stats.read_recipe(args.deepspeed_config) if args.deepspeed_config else None
-        return stats.measure(DataSet(args.data), recipe, processes)
+    def measure(processes: Processes) -> Measured:
+        recipe = read_recipe(args.deepspeed_config) if args.deepspeed_config else None
+        return measure_data_set(DataSet(args.data), recipe, processes)
 
-    def tell(measured: stats.Measured) -> None:
+    def tell(measured: Measured) -> None:
+        draw(measured, figure)
         if args.json:
-            print(json.dumps(stats.summarize(measured), indent=1, ensure_ascii=False), flush=True)
+            print_json(summarize(measured))
         else:
-            print("\n".join([*stats.describe(measured), f"figure: {figure}"]), flush=True)
-        stats.draw(measured, figure)
+            print("\n".join([*describe(measured), f"figure: {figure}"]), flush=True)
 
     _with_processes(args, measure, tell)
 
@@ -250,14 +262,21 @@ def _with_processes(args: Any, work: Callable[[Processes], _T], tell: Callable[[
         raise ValueError("--workers is for one machine; under MPI the ranks do the work: leave it out")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}, expected at least 1")
+    most = PROCESSES_PER_CORE * available_cores()
+    if args.workers is not None and args.workers > most:
+        print(
+            f"note: --workers {args.workers}: {most} are started at most, {PROCESSES_PER_CORE} for each core of this machine",
+            file=sys.stderr,
+        )
     with (
         MPIProcesses(shows_progress=True)
         if is_mpi
         else LocalProcesses(args.workers or available_cores(), shows_progress=True)
     ) as processes:
+        if processes is None:  # a rank that was to work, and has
+            return
         result = work(processes)
-    if processes.is_main:
-        tell(result)
+    tell(result)
 
 
 def _tell_what_was_built(folder: Path, made: bool) -> None:
@@ -273,7 +292,7 @@ def _tell_what_was_built(folder: Path, made: bool) -> None:
 def _inspect(args: Any) -> None:
     data = DataSet(args.data)
     if args.json:
-        print(json.dumps(inspect.summarize(data), indent=1, ensure_ascii=False))
+        print_json(inspect.summarize(data))
         return
     print("\n".join(inspect.describe(data)), end="\n\n")
     print("\n".join(inspect.show_samples(data, args.split, args.sample, args.count, args.mask_set)))

@@ -3,7 +3,7 @@
 Stages of independent tasks, each of which leaves its result in a file, so that an interrupted build goes on:
 
     duplicates  where they are to be dropped: data_prep/duplicates.py  -> DATA/.work/duplicates/
-    units       a part of the input: read, clean, tokenize, cut        -> DATA/.work/unit-00000012.npz
+    units       a part of the input: read, clean, tokenize, cut        -> DATA/.work/unit-00000012-000000-end.npz
     shards      the next `shard_samples` texts: assemble, draw masks   -> DATA/train-00003.h5, DATA/.work/train-00003.json
 
 Before the shards, the main process counts the texts of all units: from then on every sample has its number. A corpus of several
@@ -14,41 +14,48 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.cleaning import CLEANING_COUNTS, NO_CLEANING, CleanSettings, cleaned, is_too_short
-from data_prep.corpus import Document, Source, Unit, plan_units, read_unit, refuse_changes
+from data_prep.corpus import Document, Source, Unit, plan_units, read_unit
+from data_prep.differences import describe_differences
 from data_prep.duplicates import (
+    HASHED,
     KEEP_DUPLICATES,
     KINDS,
     DuplicateSettings,
     choose_bands,
     find_duplicates,
     hash_unit,
-    is_hashed,
     without_duplicates,
 )
-from data_prep.files import read_json, sha256_of_file, write_json, write_whole
-from data_prep.masking import (
-    BLOCK_PROBABILITY,
-    MASK_PERCENT,
-    MAX_BLOCK_TOKENS,
-    MIN_BLOCK_TOKENS,
-    SHOW_MASK_PROBABILITY,
-    SHOW_RANDOM_PROBABILITY,
-    Masks,
-    draw_masks,
-)  # fmt: skip
+from data_prep.duplicates import read_digests as read_first_digests
+from data_prep.files import read_json, write_json, write_whole
+from data_prep.inputs import (
+    SOURCE_LIST,
+    TIMES,
+    describe_sources,
+    digests_of_unit,
+    find_changed,
+    hashes_of_sources,
+    read_source_hashes,
+    refuse_other_digests,
+    remember_times,
+    write_source_list,
+)
+from data_prep.masking import SHOW_MASK_PROBABILITY, SHOW_RANDOM_PROBABILITY, Masks, draw_masks
 from data_prep.mixture import Corpus, Mixture, TextOrder, epochs_of, sources_of
 from data_prep.packing import MIN_DOCUMENT_TOKENS, Samples, Texts, assemble
 from data_prep.parameters import BuildParameters
+from data_prep.parts import finished_parts, is_done, part_path
 from data_prep.processes import LOGS, Processes, Task
 from data_prep.progress import Stage, Work
 from data_prep.shards import (
@@ -61,13 +68,14 @@ from data_prep.shards import (
     write_shard,
 )  # fmt: skip
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from data_prep.units import describe_text, is_done, read_counts, read_texts, tokenize, write_unit
+from data_prep.units import UNIT, Part, describe_text, read_counts, read_digests, read_texts, tokenize, write_part
 
 WORK = ".work"
 _PLAN = "plan.json"
-_WORK_VERSION = 2
+_WORK_VERSION = 3
 """Of what is in WORK, and of how masks are drawn: a new one for each change that would make half a data set another's."""
 _SHARDS = tuple(f"{split}-{'[0-9]' * 5}.h5" for split in SPLITS)
+_PARTIAL = tuple(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*", SOURCE_LIST, TIMES))
 _FIRST_VALIDATION_SAMPLE = 2**48
 _DROPPED = ("too_short_documents", "too_long_documents", *KINDS)
 
@@ -97,60 +105,52 @@ def build(
 ) -> bool:
     """Make the data set `folder`, or go on with it; returns False, having done nothing, if it is made already.
 
-    Every process of `processes` calls this. Raises ValueError for bad input, and where `folder` holds a data set, whole
-    or unfinished, made from something else.
+    Raises ValueError for bad input, and where `folder` holds a data set, whole or unfinished, made from something else.
     """
-    sources = processes.on_main(lambda: sources_of(mixture))
-    units = processes.on_main(lambda: plan_units(sources))
-    tokenizer = processes.on_main(lambda: _describe_tokenizer(tokenizer_path))
-    log_folder = processes.on_main(lambda: None if manifest_path(folder).exists() else folder / LOGS)
-    processes.prepare(_set_up, tokenizer_path, folder, parameters, sources, cleaning, duplicates, log_folder=log_folder)
-
-    total_bytes = sum(s.size_bytes for s in sources)
-    hashes: dict[int, str] = {}  # only the main process knows them
-    processes.run(
-        _hash_source, [(i,) for i in range(len(sources))], Stage("read input", total_bytes, "B"),
-        lambda work: hashes.update([work.value]),
-    )  # fmt: skip
-    made_from = {
+    sources = sources_of(mixture)
+    made_from: dict[str, Any] = {
         "parameters": asdict(parameters) | asdict(cleaning) | asdict(duplicates),
-        "tokenizer": tokenizer,
+        "tokenizer": _describe_tokenizer(tokenizer_path),
         "corpora": [corpus.settings() for corpus in mixture],
-        "sources": [
-            {
-                "corpus": mixture[s.corpus].name, "name": s.name, "size_bytes": s.size_bytes, "sha256": hashes.get(i),
-            }
-            for i, s in enumerate(sources)
-        ],
-    }  # fmt: skip
-    if processes.on_main(lambda: is_made(folder, made_from)):
+        "sources": describe_sources(mixture, sources),
+    }
+    if is_made(folder, made_from):
+        _refuse_other_text(folder, sources, processes)
         return False
+    processes.prepare(_set_up, tokenizer_path, folder, parameters, cleaning, duplicates, log_folder=folder / LOGS)
+    units = plan_units(sources)
+    total_bytes = made_from["sources"]["size_bytes"]
+    _refuse_other_text_of_done_units(folder, sources, units, processes)
 
-    def run_over_units(what: str, task: Task, is_finished: Callable[[int], bool], *words: Any) -> None:
-        todo = processes.on_main(lambda: [i for i in range(len(units)) if not is_finished(i)])
-        done_bytes = total_bytes - sum(units[i].size_bytes for i in todo)
-        processes.run(task, [(i, units[i], *words) for i in todo], Stage(what, total_bytes, "B", done_bytes))
+    def run_over_units(what: str, task: Task, in_folder: Path, kind: str, *words: Any) -> None:
+        done = finished_parts(in_folder, kind)
+        todo = [number for number in range(len(units)) if not is_done(done.get(number, []))]
+        done_bytes = total_bytes - sum(units[number].size_bytes for number in todo)
+        arguments = ((number, units[number], done.get(number, []), *words) for number in todo)
+        processes.run(task, arguments, Stage(what, total_bytes, "B", done_bytes))
 
     if duplicates.kinds:
-        bands = processes.on_main(lambda: choose_bands(duplicates))
-        processes.on_main(lambda: _hashes(folder).mkdir(exist_ok=True))
-        run_over_units("hash texts", _hash_unit, partial(is_hashed, _hashes(folder)), bands)
+        _hashes(folder).mkdir(exist_ok=True)
+        run_over_units("hash texts", _hash_unit, _hashes(folder), HASHED, choose_bands(duplicates))
         find_duplicates(_hashes(folder), len(units), duplicates, processes)
-    run_over_units("tokenize", _tokenize_unit, partial(is_done, folder / WORK))
-    counts = processes.on_main(lambda: [read_counts(folder / WORK, unit) for unit in range(len(units))])
-    totals = processes.on_main(lambda: _totals_of_corpora(mixture, folder, units, counts))
-    orders = processes.on_main(lambda: _order_texts(mixture, folder, units, counts, totals))
-    shards = processes.on_main(lambda: _plan_shards(orders, parameters.shard_samples))
-    todo_shards = processes.on_main(lambda: [shard for shard in shards if not _shard_file(folder, shard).exists()])
+    run_over_units("tokenize", _tokenize_unit, folder / WORK, UNIT)
+    of_units = finished_parts(folder / WORK, UNIT)
+    parts = [(path, units[number].corpus) for number in range(len(units)) for path in of_units[number]]
+    counts = [read_counts(path) for path, _ in parts]
+    totals = _totals_of_corpora(mixture, folder, [corpus for _, corpus in parts], counts)
+    orders = _order_texts(mixture, folder, [corpus for _, corpus in parts], counts, totals)
+    shards = _plan_shards(orders, parameters.shard_samples)
+    todo = [shard for shard in shards if not _shard_file(folder, shard).exists()]
     num_samples = sum(s.num_samples for s in shards)
-    stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo_shards))
-    processes.run(_write_shard, [(shard, orders[shard.split]) for shard in todo_shards], stage)
-    shares = processes.on_main(lambda: _shares(mixture, totals, orders))
-    processes.on_main(lambda: _declare_whole(folder, tokenizer_path, made_from, totals, shares, shards, parameters))
+    stage = Stage("draw masks", num_samples, "sample", num_samples - sum(s.num_samples for s in todo))
+    processes.run(_write_shard, ((shard, _texts_of(orders[shard.split], shard, parts)) for shard in todo), stage)
+    digests = ((unit, read_digests(of_units[number][-1])) for number, unit in enumerate(units))
+    made_from["source_list"] = write_source_list(folder, mixture, hashes_of_sources(digests))
+    _declare_whole(folder, tokenizer_path, made_from, totals, _shares(mixture, totals, orders), shards, parameters)
     return True
 
 
-# ---- what the main process decides
+# ---- what the conductor decides
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def is_made(folder: Path, made_from: dict[str, Any]) -> bool:
         _refuse_changes(folder, "an unfinished data set", plan, made_from)
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(folder, *_SHARDS, *(f".{name}.partial" for name in (*_SHARDS, "tokenizer.*")))
+    _remove(folder, *_SHARDS, *_PARTIAL, SOURCE_LIST, TIMES)
     work.mkdir(exist_ok=True)
     write_json(work / _PLAN, {**made_from, "work_version": _WORK_VERSION})
     return False
@@ -192,18 +192,72 @@ def _remove(folder: Path, *patterns: str) -> None:
 
 
 def _refuse_changes(folder: Path, what: str, found: dict[str, Any], made_from: dict[str, Any]) -> None:
+    if "sources" in made_from and isinstance(found.get("sources"), list):
+        raise ValueError(
+            f"{folder}: holds {what} made by an earlier version of this program. Training reads it, but it cannot be compared "
+            "with this corpus; remove it or choose another folder"
+        )
+    # A data set from before there was a parameter has its default.
+    found = {**found, "parameters": asdict(BuildParameters()) | found.get("parameters", {})}
     changed = [key for key, value in made_from.items() if found.get(key) != value]
     if changed:
-        raise ValueError(f"{folder}: holds {what} made from other {' and '.join(changed)}; remove it or choose another")
+        details = describe_differences(
+            {key: found.get(key) for key in changed}, {key: made_from[key] for key in changed}
+        )
+        raise ValueError(
+            f"{folder}: holds {what} made from other {' and '.join(changed)} ({details}); remove it or choose another"
+        )
+
+
+def _read_digests_again(units: Iterable[tuple[int, Unit]], num_bytes: int, processes: Processes) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    processes.run(_read_again, units, Stage("read input", num_bytes, "B"), lambda work: found.update([work.value]))
+    return found
+
+
+def _refuse_other_text(folder: Path, sources: list[Source], processes: Processes) -> None:
+    """Raise ValueError if a data set was made from other text than the sources hold; those of the same time are believed."""
+    changed = find_changed(folder, sources)
+    if not len(changed):
+        return
+    units = plan_units([sources[index] for index in changed])
+    processes.prepare(int)
+    found = _read_digests_again(enumerate(units), sum(unit.size_bytes for unit in units), processes)
+    hashes = hashes_of_sources((unit, found[number]) for number, unit in enumerate(units))
+    expected = read_source_hashes(folder)
+    for index, (source, sha256) in zip(changed, hashes, strict=True):
+        if sha256 != expected[index]:
+            raise ValueError(
+                f"{folder}: holds a data set made from other sources ({source.path} has another content); "
+                "remove it or choose another"
+            )
+    with suppress(OSError):  # a folder that may only be read: they are read again the next time
+        remember_times(folder, sources)
+
+
+def _refuse_other_text_of_done_units(
+    folder: Path, sources: list[Source], units: list[Unit], processes: Processes
+) -> None:
+    """Raise ValueError if the text of a unit has changed since it was tokenized; text of the same time is believed, and what
+    is not tokenized yet will be read anyway."""
+    parts = finished_parts(folder / WORK, UNIT)
+    done = [number for number, of_unit in parts.items() if is_done(of_unit)]
+    changed = {sources[index] for index in find_changed(folder / WORK, sources)} if done else set()
+    doubtful = {n: units[n] for n in done if any(piece.source in changed for piece in units[n].pieces)}
+    num_bytes = sum(unit.size_bytes for unit in doubtful.values())
+    if doubtful:
+        for number, digests in _read_digests_again(doubtful.items(), num_bytes, processes).items():
+            refuse_other_digests(units[number], digests, read_digests(parts[number][-1]))
+    remember_times(folder / WORK, sources)
 
 
 def _totals_of_corpora(
-    mixture: Mixture, folder: Path, units: list[Unit], counts: list[dict[str, int]]
+    mixture: Mixture, folder: Path, corpora: list[int], counts: list[dict[str, int]]
 ) -> list[Counter[str]]:
     """The counts of each corpus; ValueError for one without a text to train on."""
     totals = [Counter[str]() for _ in mixture]
-    for unit, of_unit in zip(units, counts, strict=True):
-        totals[unit.corpus].update(of_unit)
+    for corpus_number, of_part in zip(corpora, counts, strict=True):
+        totals[corpus_number].update(of_part)
     for corpus, total in zip(mixture, totals, strict=True):
         if not total["train_samples"]:
             _refuse(folder, corpus, _why_nothing_to_train_on(total))
@@ -233,16 +287,16 @@ def _why_nothing_to_train_on(total: Counter[str]) -> str:
 
 
 def _order_texts(
-    mixture: Mixture, folder: Path, units: list[Unit], counts: list[dict[str, int]], totals: list[Counter[str]]
+    mixture: Mixture, folder: Path, corpora: list[int], counts: list[dict[str, int]], totals: list[Counter[str]]
 ) -> dict[Split, TextOrder]:
     """The order of each split's texts; validation has each once, whatever the epochs."""
     epochs: dict[Split, list[Fraction]] = {
         "train": epochs_of(mixture, [total["train_samples"] for total in totals]),
         "validation": [Fraction(1)] * len(mixture),
     }
-    corpora = [unit.corpus for unit in units]
     orders = {
-        split: TextOrder([unit[f"{split}_samples"] for unit in counts], corpora, epochs[split]) for split in SPLITS
+        split: TextOrder([of_part[f"{split}_samples"] for of_part in counts], corpora, epochs[split])
+        for split in SPLITS
     }
     for corpus, total, num_samples in zip(mixture, totals, orders["train"].num_samples, strict=True):
         if not num_samples:
@@ -262,6 +316,20 @@ def _plan_shards(orders: dict[Split, TextOrder], shard_samples: int) -> list[_Sh
     return plans
 
 
+def _texts_of(
+    order: TextOrder, shard: _ShardPlan, parts: list[tuple[Path, int]]
+) -> list[tuple[Path, np.ndarray | slice]]:
+    """Return the file of each of the shard's texts, and their numbers in it: a slice, where each is the next."""
+    part_of, numbers = order.texts(shard.first, shard.first + shard.num_samples)
+    starts = np.flatnonzero(np.diff(part_of)) + 1
+    texts: list[tuple[Path, np.ndarray | slice]] = []
+    for of_part, in_part in zip(np.split(part_of, starts), np.split(numbers, starts), strict=True):
+        is_run = bool((np.diff(in_part) == 1).all())
+        in_file = slice(int(in_part[0]), int(in_part[-1]) + 1) if is_run else in_part
+        texts.append((parts[of_part[0]][0], in_file))
+    return texts
+
+
 def _declare_whole(
     folder: Path,
     tokenizer_path: Path,
@@ -276,21 +344,17 @@ def _declare_whole(
     for shard in shards:
         splits[shard.split].append(read_json(_shard_file(folder, shard)))
     write_whole(folder / made_from["tokenizer"]["file"], tokenizer_path.read_bytes())
+    write_whole(folder / TIMES, (folder / WORK / TIMES).read_bytes())
     write_data_manifest(folder, {
         **made_from,
-        "masking": {
-            "mask_percent": MASK_PERCENT, "block_probability": BLOCK_PROBABILITY,
-            "block_tokens": [MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS], "show_mask_probability": SHOW_MASK_PROBABILITY,
-            "show_random_probability": SHOW_RANDOM_PROBABILITY,
-        },
-        "max_masked_tokens": parameters.max_masked_tokens,
+        **describe_masking(parameters),
         "documents": _documents(total),
         "mixture": shares,
         "text": describe_text(total),
         "cleaning": {name: total[name] for name in (*CLEANING_COUNTS, *KINDS)},
         "splits": splits,
     })  # fmt: skip
-    _remove(folder, *(f".{name}.partial" for name in _SHARDS))
+    _remove(folder, *_PARTIAL)
     shutil.rmtree(folder / WORK)
 
 
@@ -318,11 +382,22 @@ def number_of_sample(split: Split, index: int) -> int:
     return index + (_FIRST_VALIDATION_SAMPLE if split == "validation" else 0)
 
 
+def describe_masking(parameters: BuildParameters) -> dict[str, Any]:
+    """Return what the manifest tells of the masks besides the parameters themselves."""
+    return {
+        "masking": {
+            "mask_rates": list(parameters.masks.rates_K), "show_mask_probability": SHOW_MASK_PROBABILITY,
+            "show_random_probability": SHOW_RANDOM_PROBABILITY,
+        },
+        "max_masked_tokens": parameters.max_masked_tokens,
+    }  # fmt: skip
+
+
 def draw_mask_sets(samples: Samples, tokenizer: Tokenizer, parameters: BuildParameters, first_sample: int) -> Masks:
     """All mask sets of samples number first_sample .."""
     return draw_masks(
-        samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
-        mask_sets=parameters.mask_sets, seed=parameters.seed, first_sample=first_sample,
+        samples, parameters.masks, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
+        mask_id=tokenizer.mask_id, seed=parameters.seed, first_sample=first_sample,
     )  # fmt: skip
 
 
@@ -338,7 +413,6 @@ class _Worker:
     tokenizer: Tokenizer
     folder: Path
     parameters: BuildParameters
-    sources: list[Source]
     cleaning: CleanSettings
     duplicates: DuplicateSettings
 
@@ -351,57 +425,62 @@ def _set_up(tokenizer_path: Path, *settings: Any) -> None:
     _worker = _Worker(load_tokenizer(tokenizer_path), *settings)
 
 
-def _hash_source(index: int) -> Work:
-    """The value is the number of the source and its hash."""
-    source = _worker.sources[index]
-    with refuse_changes([source]):
-        return Work(source.size_bytes, value=(index, sha256_of_file(source.path)))
+def _read_again(index: int, unit: Unit) -> Work:
+    """The value is the number of the unit and the digests of its blocks."""
+    return Work(unit.size_bytes, value=(index, digests_of_unit(unit)))
 
 
-def _read_cleaned(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
-    return cleaned(read_unit(_worker.sources, unit), _worker.cleaning, counts)
+def _read_cleaned(unit: Unit, counts: Counter[str], digests: bytearray) -> Iterator[Document]:
+    return cleaned(read_unit(unit, digests), _worker.cleaning, counts)
 
 
-def _hash_unit(index: int, unit: Unit, bands: tuple[int, int]) -> Work:
-    """Leave the hashes of the unit's documents in files."""
-    hash_unit(_hashes(_worker.folder), index, _read_cleaned(unit, Counter()), _worker.duplicates, bands)
+def _hash_unit(index: int, unit: Unit, done: list[Path], bands: tuple[int, int]) -> Work:
+    """Leave the hashes of the unit's documents in files; `done` are the parts that have theirs."""
+    digests = bytearray()
+    documents = _read_cleaned(unit, Counter(), digests)
+    hash_unit(_hashes(_worker.folder), index, documents, _worker.duplicates, bands, done=done, digests=digests)
     return Work(unit.size_bytes)
 
 
-def _tokenize_unit(index: int, unit: Unit) -> Work:
-    """Leave the unit's texts and counts in files."""
+def _tokenize_unit(index: int, unit: Unit, done: list[Path]) -> Work:
+    """Leave the unit's texts and counts in files; the text of the parts that are `done` is read again, but no more."""
     counts: Counter[str] = Counter()
-    documents = _read_cleaned(unit, counts)
+    digests = bytearray()
+    documents = _read_cleaned(unit, counts, digests)
     if _worker.duplicates.kinds:
         different = without_duplicates(_hashes(_worker.folder), index, documents, _worker.duplicates, counts)
         documents = (document for document in different if not is_too_short(document, _worker.cleaning, counts))
-    texts, counts_of_texts = tokenize(documents, _worker.tokenizer, _worker.parameters)
-    counts.update(counts_of_texts)
-    write_unit(_worker.folder / WORK, index, texts, counts)
-    num_tokens = sum(len(of_split.ids) for of_split in texts.values())
-    return Work(unit.size_bytes, sum(_documents(counts).values()), num_tokens)
+    for _ in islice(documents, sum(read_counts(path)["documents"] for path in done)):
+        pass
+    num_documents = num_tokens = 0
+    for number in count(len(done)):
+        counts.clear()  # those of the parts before
+        part = Part(documents)
+        texts, counts_of_texts = tokenize(part, _worker.tokenizer, _worker.parameters)
+        counts.update(counts_of_texts, documents=part.num_documents)
+        if part.is_last and _worker.duplicates.kinds:
+            refuse_other_digests(unit, digests, read_first_digests(_hashes(_worker.folder), index))
+        path = part_path(_worker.folder / WORK, UNIT, index, number, is_last=part.is_last)
+        write_part(path, texts, counts, digests if part.is_last else b"")
+        num_documents += sum(_documents(counts).values())
+        num_tokens += sum(len(of_split.ids) for of_split in texts.values())
+        if part.is_last:
+            break
+    return Work(unit.size_bytes, num_documents, num_tokens)
 
 
-def _texts_of(shard: _ShardPlan, order: TextOrder) -> Texts:
-    units, numbers = order.texts(shard.first, shard.first + shard.num_samples)
-    starts = np.flatnonzero(np.diff(units)) + 1
-    return Texts.concatenate([
-        read_texts(_worker.folder / WORK, int(of_unit[0]), shard.split)[numbers_in_unit]
-        for of_unit, numbers_in_unit in zip(np.split(units, starts), np.split(numbers, starts), strict=True)
-    ])  # fmt: skip
-
-
-def _write_shard(shard: _ShardPlan, order: TextOrder) -> Work:
+def _write_shard(shard: _ShardPlan, texts: list[tuple[Path, np.ndarray | slice]]) -> Work:
     """Leave the shard in its place and its entry of the manifest in a file."""
     parameters, tokenizer = _worker.parameters, _worker.tokenizer
     tokenizer.forget_words()
     first_sample = number_of_sample(shard.split, shard.first)
+    of_parts = [read_texts(path, shard.split)[numbers] for path, numbers in texts]
     samples = assemble(
-        _texts_of(shard, order), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,
+        Texts.concatenate(of_parts), seed=parameters.seed, first_sample=first_sample, sos_id=tokenizer.sos_id,
         eos_id=tokenizer.eos_id,
     )  # fmt: skip
     masks = draw_mask_sets(samples, tokenizer, parameters, first_sample)
     path = _worker.folder / shard_name(shard.split, shard.index)
-    entry = write_shard(path, samples, masks, parameters.max_length_tokens)
+    entry = write_shard(path, samples, masks, parameters.max_length_tokens, parameters.max_masked_tokens)
     write_json(_shard_file(_worker.folder, shard), entry)
     return Work(shard.num_samples, tokens=entry["num_tokens"])

@@ -7,8 +7,12 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import io
+import json
 import os
 import re
+import select
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +23,8 @@ from typing import IO, Any, Literal, NoReturn, get_args, get_origin, get_type_hi
 from tqdm import tqdm
 
 USER_ERROR_STATUS = 2
+BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
+"""What a shell says of a program whose output nobody reads any more, as of `inspect | head`."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -39,6 +45,10 @@ class ArgumentParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
         hint = f" (did you mean {close[0]}?)" if close else ""
         self.exit(USER_ERROR_STATUS, f"{self.prog}: error: {message}{hint}; all flags: --help\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        is_read = _stdout_is_read()  # else the interpreter would complain when it ends
+        super().exit(status if is_read else BROKEN_PIPE_STATUS, message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -109,17 +119,61 @@ def tell_error(error: BaseException, name: str) -> None:
     print(f"{name}: error: {describe_error(error)}", file=sys.stderr, flush=True)
 
 
+def tell_note(text: str) -> None:
+    """Print, on stderr, what a user should know though nothing is wrong."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def run_command(command: Callable[[], None], name: str) -> int:
-    """Run `command`; a user's mistake becomes one line on stderr and status 2, Ctrl-C status 130."""
+    """Run `command`; a user's mistake becomes one line on stderr and status 2, Ctrl-C status 130.
+
+    It ends without a word, with BROKEN_PIPE_STATUS, when nobody reads its output any more. A character that the terminal does
+    not have is printed as an escape: ▁ as \\u2581.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
+        if sys.stdout:
+            sys.stdout.flush()
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not _stdout_is_read():
+            return BROKEN_PIPE_STATUS
         tell_error(error, name)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _stdout_is_read() -> bool:
+    """Write out what was printed; return whether somebody may read it. If nobody does, what is still printed is dropped."""
+    if not sys.stdout:  # closed by whoever started the program
+        return True
+    try:
+        sys.stdout.flush()
+        output = sys.stdout.fileno()
+    except BrokenPipeError:
+        output = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # no file
+        return True
+    poll = select.poll()
+    poll.register(output, select.POLLERR)
+    if not poll.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return False
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; a character that the terminal does not have is an escape of JSON's."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=1)
+    print(text, flush=True)
 
 
 class _PlainLines:
@@ -159,6 +213,21 @@ def progress_bar(
         mininterval=0.2 if is_terminal else 10.0, maxinterval=10.0, smoothing=0.1, leave=is_lasting,
         delay=0.0 if is_lasting else 5.0,
     )  # fmt: skip
+
+
+_ROOM_TO_GROW = 8  # characters: a bar's times and rate get longer
+
+
+def fitting(bar: Any, postfixes: Sequence[str]) -> str:
+    """Return the first of the postfixes with which the bar, its rate and its time left fit into the terminal."""
+    if bar.disable:
+        return postfixes[-1]
+    columns = bar.dynamic_ncols(bar.fp) if bar.dynamic_ncols else bar.ncols
+    if not columns:
+        return postfixes[0]
+    shown = bar.format_dict | {"ncols": None, "postfix": "", "bar_format": "{l_bar}{r_bar}"}
+    room = columns - len(tqdm.format_meter(**shown)) - len(", ") - _ROOM_TO_GROW
+    return next((postfix for postfix in postfixes if len(postfix) <= room), postfixes[-1])
 
 
 def available_cores() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import re
 import sys
@@ -10,13 +9,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
 import orjson
 
+from data_prep.blocks import BlockDigests, num_blocks
+from data_prep.corpus_files import find_files
 from data_prep.files import NotJSON, parse_json
 from data_prep.formats import EXPECTED_NAMES, format_of, is_compressed, is_table, num_parts, open_text, read_column
+from data_prep.storage import Location, Url, find_remote, state_of
 
 DocumentPer = Literal["file", "blank_line"]
 ParagraphPer = Literal["line", "blank_line"]
@@ -38,22 +41,22 @@ class ReadSettings:
 DEFAULT_READING = ReadSettings()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """An input file."""
 
-    path: Path
+    path: Location
     name: str
     """Path below the folder that was given: what the manifest records, the same on every machine."""
     size_bytes: int
     mtime_ns: int
-    """When it was last changed."""
+    """When it was last changed; of a remote file a number made of what its server tells of its version."""
     reading: ReadSettings = DEFAULT_READING
     corpus: int = 0
     """Which corpus of a mixture it is of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a source: its bytes [start, stop), or its row groups or record batches where it has those.
 
@@ -61,18 +64,34 @@ class Piece:
     blank line before it begins. So every piece is read by itself, forward only, and no document twice.
     """
 
-    source: int
+    source: Source
     start: int
     stop: int
+    first_byte: int
+    """Of the part's bytes; those of a table are its share of the file, as it has no place of its own there."""
+    size_bytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that begin in it: those that it is hashed by."""
+        return num_blocks(self.first_byte, self.first_byte + self.size_bytes)
+
+    def blocks(self) -> BlockDigests:
+        """Return what hashes its blocks."""
+        return BlockDigests(self.first_byte, self.first_byte + self.size_bytes, self.source.size_bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
-    """What one process reads at a time, all of one corpus."""
+    """A task's share of the input, all of one corpus. It names its files itself, so that nobody needs the list of all."""
 
     pieces: tuple[Piece, ...]
     size_bytes: int
     corpus: int
+
+    def __str__(self) -> str:
+        first, *others = self.pieces
+        return f"{first.source.name} from {first.start}" + (f" and {len(others)} more" if others else "")
 
 
 @dataclass(frozen=True)
@@ -137,41 +156,21 @@ def make_document(lines: Iterable[str]) -> Document:
     return Document(kept, tuple(sorted(starts)))
 
 
-def find_sources(paths: Sequence[Path], reading: ReadSettings = DEFAULT_READING, corpus: int = 0) -> list[Source]:
-    """The text files named, below the folders named, or matched by globs, each in the order of their names.
-
-    Raises FileNotFoundError for a path that is not there, ValueError if there is no file to read.
-    """
-    files: list[tuple[Path, str]] = []
-    for given in paths:
-        if given.is_dir():
-            files += _files_below(given, given.rglob("*"))
-        elif given.is_file():
-            if not format_of(given):
-                raise ValueError(f"{given}: expected a name that ends in {EXPECTED_NAMES}")
-            files.append((given, given.name))
+def find_sources(paths: Sequence[Location], reading: ReadSettings = DEFAULT_READING, corpus: int = 0) -> list[Source]:
+    """The files of this machine that `find_files` finds, and those at URLs, in the order of the paths; these functions tell
+    what is raised."""
+    found: list[Source] = []
+    for is_remote, some in groupby(paths, key=lambda path: isinstance(path, Url)):
+        if is_remote:
+            for url in (path for path in some if isinstance(path, Url)):
+                files = [file for file in find_remote(url) if format_of(file[0])]
+                if not files:
+                    raise ValueError(f"{url}: no {EXPECTED_NAMES} file there")
+                found += [Source(place, name, *state, reading, corpus) for place, name, state in files]
         else:
-            matches = [Path(match) for match in glob.glob(str(given), recursive=True)]
-            if not matches:
-                raise FileNotFoundError(
-                    2, "no such corpus; --corpus and a mixture's paths are text files, folders or globs", str(given)
-                )
-            folder = next(folder for folder in given.parents if not glob.has_magic(str(folder)))
-            below = [file for match in matches if match.is_dir() for file in match.rglob("*")]
-            files += _files_below(folder, [*matches, *below])
-    if not files:
-        raise ValueError(f"{', '.join(map(str, paths))}: no {EXPECTED_NAMES} file there")
-    return [Source(file, _printable(name), *_state(file), reading, corpus) for file, name in files]
-
-
-def _state(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _files_below(folder: Path, paths: Iterable[Path]) -> list[tuple[Path, str]]:
-    files = sorted({path for path in paths if format_of(path) and path.is_file()})
-    return [(file, file.relative_to(folder).as_posix()) for file in files]
+            local = find_files([path for path in some if isinstance(path, Path)])
+            found += [Source(file, _printable(name), *state_of(file), reading, corpus) for file, name in local]
+    return found
 
 
 def _printable(name: str) -> str:
@@ -191,7 +190,7 @@ def refuse_changes(sources: Iterable[Source]) -> Iterator[None]:
     except ValueError as error:
         failure = error
     for source in sources:
-        if _state(source.path) != (source.size_bytes, source.mtime_ns):
+        if state_of(source.path) != (source.size_bytes, source.mtime_ns):
             raise ValueError(
                 f"{source.path}: has changed since this command was started; start it again when the file is complete"
             )
@@ -205,21 +204,21 @@ def plan_units(sources: Sequence[Source], unit_bytes: int = 8 * 2**20) -> list[U
     Raises ValueError for a table without the column of texts, or one that is damaged.
     """
     units = []
-    for corpus, of_corpus in groupby(enumerate(sources), key=lambda numbered: numbered[1].corpus):
+    for corpus, of_corpus in groupby(sources, key=attrgetter("corpus")):
         pieces: list[Piece] = []
         size_bytes = 0
-        for index, source in of_corpus:
-            for piece, piece_bytes in _split(index, source, unit_bytes):
-                if pieces and size_bytes + piece_bytes > unit_bytes:
+        for source in of_corpus:
+            for piece in _split(source, unit_bytes):
+                if pieces and size_bytes + piece.size_bytes > unit_bytes:
                     units.append(Unit(tuple(pieces), size_bytes, corpus))
                     pieces, size_bytes = [], 0
                 pieces.append(piece)
-                size_bytes += piece_bytes
+                size_bytes += piece.size_bytes
         units.append(Unit(tuple(pieces), size_bytes, corpus))
     return units
 
 
-def _split(index: int, source: Source, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _split(source: Source, unit_bytes: int) -> Iterator[Piece]:
     """The pieces of a source; their sizes add up to its own."""
     whole_bytes = source.size_bytes
     parts, step = whole_bytes, unit_bytes
@@ -230,8 +229,8 @@ def _split(index: int, source: Source, unit_bytes: int) -> Iterator[tuple[Piece,
         step = whole_bytes
     for start in range(0, max(parts, 1), max(step, 1)):
         stop = min(start + max(step, 1), parts)
-        piece_bytes = whole_bytes * stop // parts - whole_bytes * start // parts if parts else whole_bytes
-        yield Piece(index, start, stop), piece_bytes
+        first_byte, end = (whole_bytes * part // parts if parts else whole_bytes for part in (start, stop))
+        yield Piece(source, start, stop, first_byte if parts else 0, end - first_byte if parts else whole_bytes)
 
 
 def read_documents(
@@ -239,27 +238,33 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of all units, in order; `advance` is told the bytes read. Raises what `read_unit` raises."""
     for unit in plan_units(sources):
-        yield from read_unit(sources, unit)
+        yield from read_unit(unit)
         advance(unit.size_bytes)
 
 
-def read_unit(sources: Sequence[Source], unit: Unit) -> Iterator[Document]:
+def read_unit(unit: Unit, digests: bytearray | None = None) -> Iterator[Document]:
     """The documents of a unit in order; the units' documents together do not depend on how the sources were split.
+
+    `digests`, if given, has those of the blocks of all its pieces when the last document was taken: the text is hashed as
+    it is read.
 
     Raises ValueError for text that is not UTF-8 (file and byte offset, or row), a line that is not a JSON object with
     a string under `text_field`, a document over 256 MiB, or a file that is damaged or has changed since `find_sources`.
     """
-    with refuse_changes([sources[index] for index in sorted({piece.source for piece in unit.pieces})]):
+    with refuse_changes({piece.source: None for piece in unit.pieces}):
         for piece in unit.pieces:
-            source = sources[piece.source]
+            source = piece.source
+            blocks = None if digests is None else piece.blocks()
             if is_table(source.path):
                 yield from _rows(source, piece)
             elif format_of(source.path) == ".jsonl":
-                yield from _json_lines(source, piece)
+                yield from _json_lines(source, piece, blocks)
             elif source.reading.document_per == "file":
-                yield from _whole_file(source)
+                yield from _whole_file(source, blocks)
             else:
-                yield from _between_blank_lines(source, piece)
+                yield from _between_blank_lines(source, piece, blocks)
+            if blocks and digests is not None:
+                digests += blocks.finish(source.path)
 
 
 def _document(lines: Iterable[str]) -> tuple[Document, ...]:
@@ -268,9 +273,9 @@ def _document(lines: Iterable[str]) -> tuple[Document, ...]:
     return (document,) if document.lines else ()
 
 
-def _whole_file(source: Source) -> Iterator[Document]:
+def _whole_file(source: Source, blocks: BlockDigests | None) -> Iterator[Document]:
     content = bytearray()
-    with open_text(source.path) as file:
+    with open_text(source.path, blocks) as file:
         while part := file.read(_READ_BYTES):
             content += part
             if len(content) > MAX_DOCUMENT_BYTES:
@@ -281,12 +286,12 @@ def _whole_file(source: Source) -> Iterator[Document]:
     yield from _document(_decode(source, content, 0).split("\n"))
 
 
-def _between_blank_lines(source: Source, piece: Piece) -> Iterator[Document]:
+def _between_blank_lines(source: Source, piece: Piece, blocks: BlockDigests | None) -> Iterator[Document]:
     stop = _stop_bytes(source, piece)
     lines: list[str] = []
     num_bytes = 0
     is_own = piece.start == 0
-    for offset, raw in _raw_lines(source, piece.start, stop):
+    for offset, raw in _raw_lines(source, piece.start, stop, blocks):
         line = _decode(source, raw, offset)
         is_blank = not line.strip()
         if is_blank:
@@ -302,10 +307,10 @@ def _between_blank_lines(source: Source, piece: Piece) -> Iterator[Document]:
     yield from _document(lines)
 
 
-def _json_lines(source: Source, piece: Piece) -> Iterator[Document]:
+def _json_lines(source: Source, piece: Piece, blocks: BlockDigests | None) -> Iterator[Document]:
     text_field = source.reading.text_field
     stop = _stop_bytes(source, piece)
-    for offset, raw in _raw_lines(source, piece.start, stop):
+    for offset, raw in _raw_lines(source, piece.start, stop, blocks):
         if offset >= stop:
             return
         try:
@@ -347,9 +352,9 @@ def _stop_bytes(source: Source, piece: Piece) -> int:
     return sys.maxsize if is_compressed(source.path) else piece.stop
 
 
-def _raw_lines(source: Source, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+def _raw_lines(source: Source, start: int, stop: int, blocks: BlockDigests | None) -> Iterator[tuple[int, bytes]]:
     """Offset and bytes of the lines that begin at `start` or behind; none if no line begins before `stop`."""
-    with open_text(source.path) as file:
+    with open_text(source.path, blocks) as file:
         offset = file.seek(start - 1) if start else 0
         while start and (raw := file.readline(_READ_BYTES)):
             offset += len(raw)

@@ -73,12 +73,15 @@ def write_manifest(path: Path, format_name: str, version: int, content: dict[str
     write_json(path, {**manifest, "manifest_sha256": _hash_of(manifest)})
 
 
-def read_manifest(path: Path, format_name: str, version: int) -> dict[str, Any]:
-    """What `write_manifest` wrote; ValueError where it is another format's or version's, or damaged."""
+def read_manifest(path: Path, format_name: str, version: int, *older: int) -> dict[str, Any]:
+    """Return what `write_manifest` wrote, of this version or one of the `older`.
+
+    Raises ValueError where it is another format's or version's, or damaged.
+    """
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != format_name:
         raise ValueError(f'{path}: not a manifest of this kind (expected "format": "{format_name}")')
-    if manifest.get("version") != version:
+    if manifest.get("version") not in (version, *older):
         raise ValueError(
             f"{path}: format version {manifest.get('version')}; this code reads version {version}: build it anew"
         )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_prep.files import named
+from data_prep.blocks import BlockDigests
+from data_prep.storage import Location, Url, open_raw, open_remote
 
 EXPECTED_NAMES = ".txt, .jsonl (also with .gz, .zst or .xz), .parquet or .arrow"
 # A new decompressor, and the bytes it is given at a time: few enough to become 8 MiB of text at most.
@@ -24,35 +25,44 @@ _DECOMPRESSORS: dict[str, tuple[Callable[[], Any], int]] = {
     ".zst": (lambda: zstandard.ZstdDecompressor().decompressobj(), 256),  # 4 bytes may become 128 KiB
     ".xz": (lzma.LZMADecompressor, 256),
 }
+_TEXT_SUFFIXES, _TABLE_SUFFIXES = (".txt", ".jsonl"), (".parquet", ".arrow")
 _BATCH_ROWS = 256
 _BYTES_TYPE = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
-def format_of(path: Path) -> str:
+def format_of(path: Location) -> str:
     """.txt, .jsonl, .parquet or .arrow, without the suffix of a compression; "" for a file of another kind."""
-    suffix = Path(path.stem).suffix if is_compressed(path) else path.suffix
-    is_known = suffix in (".txt", ".jsonl") or (is_table(path) and not is_compressed(path))
-    return suffix if is_known else ""
+    return format_of_name(path.name)
 
 
-def is_compressed(path: Path) -> bool:
+def format_of_name(name: str) -> str:
+    """Like `format_of`, of a file's name."""
+    stem, suffix = os.path.splitext(name)
+    if suffix in _DECOMPRESSORS:
+        suffix = os.path.splitext(stem)[1]
+        return suffix if suffix in _TEXT_SUFFIXES else ""
+    return suffix if suffix in (*_TEXT_SUFFIXES, *_TABLE_SUFFIXES) else ""
+
+
+def is_compressed(path: Location) -> bool:
     """Whether it is a text file that can only be read from its start."""
     return path.suffix in _DECOMPRESSORS
 
 
-def is_table(path: Path) -> bool:
+def is_table(path: Location) -> bool:
     """Whether it has columns, and row groups (Parquet) or record batches (Arrow) as its parts."""
-    return path.suffix in (".parquet", ".arrow")
+    return path.suffix in _TABLE_SUFFIXES
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[IO[bytes]]:
-    """The text of a file, decompressed as it is read.
+def open_text(path: Location, blocks: BlockDigests | None = None) -> Iterator[IO[bytes]]:
+    """The text of a file, decompressed as it is read. The bytes of the file itself go through `blocks`.
 
     Raises ValueError, while it is read, for a compressed file that is cut short or damaged.
     """
     try:
-        with named(path), open(path, "rb") as file:
+        with open_raw(path) as raw:
+            file = blocks.seen_by(raw) if blocks else io.BufferedReader(raw, 2**17)
             yield io.BufferedReader(_Decompressed(file, path.suffix), 2**17) if is_compressed(path) else file
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise _damaged(path, error) from None
@@ -97,13 +107,17 @@ class _Decompressed(io.RawIOBase):
         return size
 
 
-def _damaged(path: Path, error: BaseException) -> ValueError:
+def _damaged(path: Location, error: BaseException) -> ValueError:
     return ValueError(f"{path}: is cut short or damaged ({' '.join(str(error).split())})")
 
 
+def _opened(path: Location) -> Any:
+    return pa.PythonFile(open_remote(path), "r") if isinstance(path, Url) else pa.memory_map(str(path))
+
+
 class _Parquet:
-    def __init__(self, path: Path) -> None:
-        self._file = pq.ParquetFile(path, page_checksum_verification=True)
+    def __init__(self, path: Location) -> None:
+        self._file = pq.ParquetFile(_opened(path) if isinstance(path, Url) else path, page_checksum_verification=True)
         self.schema = self._file.schema_arrow
         self.num_parts: int = self._file.num_row_groups
 
@@ -112,8 +126,8 @@ class _Parquet:
 
 
 class _ArrowFile:
-    def __init__(self, path: Path) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    def __init__(self, path: Location) -> None:
+        self._reader = pa.ipc.open_file(_opened(path))
         self.schema = self._reader.schema
         self.num_parts: int = self._reader.num_record_batches
 
@@ -124,8 +138,8 @@ class _ArrowFile:
 class _ArrowStream:
     """A stream's batches can only be found one after the other: they are one part."""
 
-    def __init__(self, path: Path) -> None:
-        self._reader = pa.ipc.open_stream(pa.memory_map(str(path)))
+    def __init__(self, path: Location) -> None:
+        self._reader = pa.ipc.open_stream(_opened(path))
         self.schema = self._reader.schema
         self.num_parts = 1
 
@@ -133,12 +147,12 @@ class _ArrowStream:
         yield from self._reader
 
 
-def _open_table(path: Path, column: str) -> _Parquet | _ArrowFile | _ArrowStream:
+def _open_table(path: Location, column: str) -> _Parquet | _ArrowFile | _ArrowStream:
     table: _Parquet | _ArrowFile | _ArrowStream
     if path.suffix == ".parquet":
         table = _Parquet(path)
     else:
-        with open(path, "rb") as file:
+        with open_raw(path) as file:
             table = _ArrowFile(path) if file.read(6) == b"ARROW1" else _ArrowStream(path)
     index = table.schema.get_field_index(column)
     kind = table.schema.field(index).type if index >= 0 else None
@@ -151,7 +165,7 @@ def _open_table(path: Path, column: str) -> _Parquet | _ArrowFile | _ArrowStream
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _damage_named(path: Location) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -160,7 +174,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise _damaged(path, error) from None
 
 
-def num_parts(path: Path, column: str) -> int:
+def num_parts(path: Location, column: str) -> int:
     """Row groups or record batches of a table.
 
     Raises ValueError if it has no such column of strings, or is damaged.
@@ -170,7 +184,7 @@ def num_parts(path: Path, column: str) -> int:
     return num
 
 
-def read_column(path: Path, column: str, start: int, stop: int) -> Iterator[tuple[Callable[[], int], bytes]]:
+def read_column(path: Location, column: str, start: int, stop: int) -> Iterator[tuple[Callable[[], int], bytes]]:
     """The UTF-8 text of each row of parts [start, stop) that has one, and what finds the row's number, from 1."""
     with _damage_named(path):
         table = _open_table(path, column)
@@ -193,7 +207,7 @@ def _as_bytes(texts: Any) -> Any:
     return texts
 
 
-def _row_number(path: Path, column: str, part: int, row: int) -> int:
+def _row_number(path: Location, column: str, part: int, row: int) -> int:
     table = _open_table(path, column)
     rows_before: int = sum(batch.num_rows for before in range(part) for batch in table.batches(before, column))
     return rows_before + row

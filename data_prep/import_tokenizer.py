@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
@@ -13,6 +14,7 @@ from data_prep.files import write_whole
 from data_prep.tokenizer import ROLE_PIECES, UNK, Tokenizer, is_one_word, load_tokenizer
 
 _Type = sentencepiece_model_pb2.ModelProto.SentencePiece
+_SPECIAL = {UNK, *chain.from_iterable(ROLE_PIECES.values())}
 
 
 def import_tokenizer(source: Path, path: Path, *, cased: bool = False, pieces: Mapping[str, str]) -> Tokenizer:
@@ -75,18 +77,27 @@ def _word_piece(source: Path, cased: bool, pieces: Mapping[str, str]) -> bytes:
 
 
 def _read_vocabulary(source: Path) -> list[str]:
+    """Return the entries of a vocab.txt; an entry's index is its id.
+
+    Like BERT's own reader this takes a byte order mark and white space around an entry for no part of it. Blank lines at
+    the end are no entries. An entry that text cannot spell may be repeated, as one is in the vocabulary of UniLM v1.2: the
+    repetition keeps its id, under a name of its own. Raises ValueError for anything else that is repeated.
+    """
     try:
-        entries = source.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = source.read_bytes().decode("utf-8-sig").rstrip("\r\n \t").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 at byte {error.start}; expected a BERT vocab.txt") from None
+    entries = [line.strip("\r \t") for line in lines]
     if UNK not in entries:
         raise ValueError(f"{source}: has no line {UNK}; expected a BERT vocab.txt, an entry a line")
     first_line: dict[str, int] = {}
     for number, entry in enumerate(entries, start=1):
         if first_line.setdefault(entry, number) != number:
-            raise ValueError(
-                f"{source}: line {number}: {entry!r} is line {first_line[entry]} too; an id is a line's number"
-            )
+            if entry in _SPECIAL or is_one_word(entry.removeprefix("##")):
+                raise ValueError(
+                    f"{source}: line {number}: {entry!r} is line {first_line[entry]} too; an id is a line's number"
+                )
+            entries[number - 1] = f"[unused, line {number}]"
     return entries
 
 

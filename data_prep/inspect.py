@@ -16,12 +16,14 @@ Paint = Callable[[str, int], str]
 
 def summarize(data: DataSet) -> dict[str, Any]:
     """Sizes and parameters, as a script would want them."""
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         shards = data.manifest["splits"][split]
         splits[split] = {"shards": len(shards)} | {
             key: sum(s[key] for s in shards) for key in ("num_samples", "num_tokens", "num_masked", "size_bytes")
         }
+        if not data.masks.is_constant:
+            splits[split]["num_masked_of_sets"] = num_masked_of_sets(data, split)
     return {
         "data": str(data.folder),
         "parameters": data.parameters,
@@ -31,6 +33,15 @@ def summarize(data: DataSet) -> dict[str, Any]:
         "cleaning": data.manifest.get("cleaning", {}),
         "splits": splits,
     }
+
+
+def num_masked_of_sets(data: DataSet, split: Split) -> list[int]:
+    """Return the masked tokens of each mask set of a split."""
+    of_shards = [
+        shard.get("num_masked_of_sets", [shard["num_masked"]] * data.num_mask_sets)
+        for shard in data.manifest["splits"][split]
+    ]
+    return [sum(of_set) for of_set in zip(*of_shards, strict=True)] or [0] * data.num_mask_sets
 
 
 def describe(data: DataSet) -> Iterator[str]:
@@ -50,10 +61,12 @@ def describe(data: DataSet) -> Iterator[str]:
     if cleaned := [f"{count:,} {name.replace('_', ' ')}" for name, count in summary["cleaning"].items() if count]:
         yield f"cleaning: {', '.join(cleaned)}"
     for split, sizes in summary["splits"].items():
+        of_sets = num_masked_of_sets(data, split)
+        masked = f"{of_sets[0]:,}" + ("" if data.masks.is_constant else f" to {of_sets[-1]:,}")
         fill = sizes["num_tokens"] / max(1, sizes["num_samples"] * data.max_length_tokens)
         yield (
             f"{split}: {sizes['num_samples']:,} samples, {sizes['num_tokens']:,} tokens ({fill:.0%} of the places filled), "
-            f"{sizes['num_masked']:,} masked, {sizes['shards']} shards, {sizes['size_bytes'] / 1e6:.1f} MB"
+            f"{masked} masked, {sizes['shards']} shards, {sizes['size_bytes'] / 1e6:.1f} MB"
         )
 
 

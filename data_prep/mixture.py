@@ -14,13 +14,18 @@ import numpy as np
 import yaml
 
 from data_prep.corpus import DEFAULT_READING, DocumentPer, ReadSettings, Source, find_sources
+from data_prep.storage import Location, Url, location
+
+MAX_EPOCHS = 10_000
+MAX_SAMPLES = 2**48
+"""What numbers of samples have room for."""
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Texts that are read in one way, and how often training sees them."""
 
-    paths: Sequence[Path]
+    paths: Sequence[Location]
     reading: ReadSettings = DEFAULT_READING
     name: str = "corpus"
     epochs: Fraction = Fraction(1)
@@ -73,13 +78,21 @@ class TextOrder:
     """
 
     def __init__(self, num_texts: Sequence[int], corpora: Sequence[int], epochs: Sequence[Fraction]) -> None:
-        """`num_texts` and `corpora`: of each unit, its texts and which corpus it is of, those of a corpus together."""
+        """`num_texts` and `corpora`: of each unit, its texts and which corpus it is of, those of a corpus together.
+
+        Raises ValueError for more samples than can be numbered, which weights can ask for.
+        """
         self._unit_ends = np.cumsum(num_texts, dtype=np.int64)
         self._num_texts = np.zeros(len(epochs), dtype=np.int64)
         np.add.at(self._num_texts, np.array(corpora, dtype=np.int64), num_texts)
         self.epochs = list(epochs)
         self.num_samples = [math.floor(n * e) for n, e in zip(self._num_texts.tolist(), epochs, strict=True)]
         """Of each corpus."""
+        if (total := sum(self.num_samples)) > MAX_SAMPLES:
+            often = ", ".join(f"{float(epoch):.3g}" for epoch in epochs)
+            raise ValueError(
+                f"epochs or weights make {total:.3g} samples, epochs of the corpora: {often}; choose smaller ones"
+            )
 
     def texts(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Of samples first .. stop - 1: the unit, and the text's number in it."""
@@ -126,7 +139,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "paths": (lambda v: _is_text(v) or (isinstance(v, list) and v != [] and all(map(_is_text, v))), "a path or several"),
     "document_per": (lambda value: value in get_args(DocumentPer), " or ".join(get_args(DocumentPer))),
     "text_field": (_is_text, "a text"),
-    "epochs": (_is_positive, "a number above 0"),
+    "epochs": (lambda value: _is_positive(value) and value <= MAX_EPOCHS, f"a number above 0 and up to {MAX_EPOCHS:,}"),
     "weight": (_is_positive, "a number above 0"),
 }  # fmt: skip
 
@@ -161,7 +174,8 @@ def _corpus(entry: dict[str, Any], folder: Path, reading: ReadSettings) -> Corpu
     paths = [entry["paths"]] if isinstance(entry["paths"], str) else entry["paths"]
     own = {field.name: entry[field.name] for field in fields(ReadSettings) if field.name in entry}
     often = {key: Fraction(str(entry[key])) for key in ("epochs", "weight") if key in entry}
-    return Corpus([folder / path for path in paths], replace(reading, **own), entry["name"], **often)
+    places = [place if isinstance(place, Url) else folder / place for place in map(location, paths)]
+    return Corpus(places, replace(reading, **own), entry["name"], **often)
 
 
 def _faults(entries: list[dict[str, Any]]) -> Iterator[str]:

@@ -22,7 +22,7 @@ class Texts:
     num_ids_B: np.ndarray
     """int64; ids of each text."""
 
-    def __getitem__(self, numbers: np.ndarray) -> Texts:
+    def __getitem__(self, numbers: np.ndarray | slice) -> Texts:
         """The texts of these numbers, in their order; one may come several times."""
         num_ids_B = self.num_ids_B[numbers]
         ids = np.empty(num_ids_B.sum(), dtype=self.ids.dtype)

@@ -1,7 +1,8 @@
 """Tasks spread over processes: some of this machine, or the ranks of an MPI job.
 
-Tasks are independent, leave their results in files and return what they did, for the progress display. Their order is
-no one's business, so neither is the number of processes.
+One process, the conductor, decides what is to be done and hands the tasks out, in chunks, to an executor: that of
+`concurrent.futures` on one machine, that of `mpi4py.futures` over the ranks that mpirun or srun has started. There rank 0
+conducts and the other ranks work. Tasks are independent, leave their results in files and return what they did.
 
 Each process logs to a file of its own, line by line, when it starts and finishes a task, and the traceback of what fails:
 the last line of one that was killed tells what it was doing.
@@ -19,57 +20,39 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from data_prep.console import USER_ERROR_STATUS, describe_error
+from data_prep.console import USER_ERROR_STATUS, available_cores, describe_error
 from data_prep.memory import keep_freed_memory
 from data_prep.progress import Progress, Stage, Work
 
-_T = TypeVar("_T")
 Task = Callable[..., Work]
 Report = Callable[[Work], object]
 LOGS = "logs"  # in the folder that is being made
-_TASKS_PER_PROCESS = 2  # under way or waiting, so that none idles
-_MAX_PAUSE_S = 0.01
+PROCESSES_PER_CORE = 2
+"""At most so many are started: more would not be faster, and each takes some hundred MB."""
+_CHUNKS_PER_PROCESS = 2  # under way or waiting, so that none idles
+_CHUNK_S = 0.1
+"""Seconds of work in a chunk, where tasks are shorter: handing it out takes about a millisecond."""
+_MAX_CHUNK_TASKS = 16
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.INFO)
 _log.propagate = False
 _log.addHandler(logging.NullHandler())
 
 
-class Processes(Protocol):
-    """What does the work. Every process of an MPI job calls every method, in the same order."""
-
-    is_main: bool
-
-    def prepare(self, set_up: Callable[..., None], *settings: Any, log_folder: Path | None = None) -> None:
-        """Call `set_up(*settings)` once in each process, before the first task; from then on each has its log."""
-
-    def on_main(self, decide: Callable[[], _T]) -> _T:
-        """What `decide` returns in the main process, in all of them; what it raises, too."""
-
-    def run(
-        self, task: Task, arguments: Sequence[tuple[Any, ...]], stage: Stage, report: Report = lambda work: None
-    ) -> None:
-        """Run the task for each of the arguments; `report` gets what each has done, in the main process, as it comes."""
-
-    def __enter__(self) -> Processes: ...
-
-    def __exit__(self, *error: Any) -> None:
-        """Let the processes go."""
-
-
 # ---- one process
 
 
 class _LogFile(logging.Handler):
-    """Lines go to the file as they come, behind those of earlier runs; a full disk is told by those who write data."""
+    """A log that is written line by line, after the lines of earlier runs. A full disk is reported by what writes data."""
 
     def __init__(self, folder: Path, process: str) -> None:
         super().__init__()
@@ -91,18 +74,39 @@ class _LogFile(logging.Handler):
         super().close()
 
 
-def _begin(log_folder: Path | None, process: str) -> None:
-    """What each process does first."""
+@dataclass(frozen=True)
+class _Setting:
+    """What a process needs before its first task. It travels with each chunk, so that no process has to be told in time."""
+
+    set_up: Callable[..., object]
+    words: tuple[Any, ...]
+    log_folder: Path | None
+    number: int = field(default_factory=count(1).__next__)
+
+
+_name = "main"  # of this process
+_setting_number = 0  # of the setting that this process has
+_watcher: subprocess.Popen[str] | None = None  # of this rank of an MPI job
+
+
+def _begin(log_folder: Path | None) -> None:
+    """Make this process ready, and open its log in place of an earlier one."""
     keep_freed_memory()
     _load_numba_without_scipy()
-    if log_folder:
-        _log.addHandler(_LogFile(log_folder, process))
-        _log.info("%s: %s", process, " ".join(sys.argv))
+    _close_log(None)
+    if not log_folder:
+        return
+    log_folder.mkdir(parents=True, exist_ok=True)
+    _log.addHandler(_LogFile(log_folder, _name))
+    _log.info("%s: %s", _name, " ".join(sys.argv))
+    if _watcher:
+        _watcher.stdin.write(f"{log_folder}\n")  # type: ignore[union-attr]
+        _watcher.stdin.flush()  # type: ignore[union-attr]
 
 
 def _load_numba_without_scipy() -> None:
-    """numba's first call would load SciPy's linear algebra, where it is installed, for functions that nothing here uses: a
-    tenth of a second of each process."""
+    """Load numba without SciPy's linear algebra, which its first call would import, if it is installed, for functions that
+    nothing here uses: a tenth of a second of each process."""
     module = "scipy.linalg"
     if module in sys.modules:
         return
@@ -121,90 +125,135 @@ def _close_log(error: BaseException | None) -> None:
         handler.close()
 
 
-def _perform(task: Task, words: tuple[Any, ...], stage: Stage, process: str) -> Work:
-    told = " ".join(text for text in map(str, words) if not text.startswith("<"))  # what has no text of its own
-    what = f"{stage.name} {told:.120}"
+def _set_up(setting: _Setting) -> None:
+    global _setting_number
+    setting.set_up(*setting.words)
+    _setting_number = setting.number
+
+
+def _perform(task: Task, words: tuple[Any, ...], stage: Stage) -> Work:
+    told = [str(word) for word in words if isinstance(word, int) or "__str__" in vars(type(word))]  # not lists of many
+    what = f"{stage.name} {' '.join(told):.120}"
     _log.info("started %s", what)
     started = time.perf_counter()
-    work = replace(task(*words), process=process, seconds=time.perf_counter() - started)
+    work = replace(task(*words), process=_name, seconds=time.perf_counter() - started)
     counts = f"{work.size} {stage.unit}, {work.documents} documents, {work.tokens} tokens"
     _log.info("finished %s: %s, %.3f s", what, counts, work.seconds)
     return work
 
 
-# ---- processes of this machine
+def _perform_chunk(setting: _Setting, task: Task, chunk: list[tuple[Any, ...]], stage: Stage) -> list[Work]:
+    """Perform tasks in a process that works for another."""
+    try:
+        if setting.number != _setting_number:
+            _begin(setting.log_folder)
+            _set_up(setting)
+        return [_perform(task, words, stage) for words in chunk]
+    except BaseException as error:
+        _log.error("failed by %s", type(error).__name__, exc_info=error)
+        error.add_note(_name)
+        raise
 
 
-class LocalProcesses:
-    """Processes of this machine; with one worker the work is done in this process itself."""
+# ---- the conductor
 
-    is_main = True
 
-    def __init__(self, num_workers: int, *, shows_progress: bool = False) -> None:
-        self._names = [f"worker {number}" for number in range(num_workers)] if num_workers > 1 else ["main"]
+class Processes:
+    """The conductor's side of the processes that work. Where it is the only one it does the work itself."""
+
+    def __init__(self, max_workers: int, *, shows_progress: bool) -> None:
+        self._max_workers = max_workers
         self._shows_progress = shows_progress
-        self._log_folder: Path | None = None
-        self._pool: ProcessPoolExecutor | None = None
+        self._setting = _Setting(int, (), None)
+        self._pending: set[Future[list[Work]]] = set()
 
-    def prepare(self, set_up: Callable[..., None], *settings: Any, log_folder: Path | None = None) -> None:
-        """See `Processes`."""
-        self._log_folder = log_folder
-        if log_folder:
-            log_folder.mkdir(parents=True, exist_ok=True)
-        _begin(log_folder, "main")
-        if len(self._names) == 1:
-            set_up(*settings)
-            return
-        fork = get_context("fork")  # a process started anew would import all of this for half a second
-        self._pool = ProcessPoolExecutor(
-            len(self._names), fork, _set_up_worker, (self._names, fork.Value("i", 0), log_folder, set_up, settings)
-        )
-        self._submit(os.getpid)  # forks all of them, while there are no threads here
-
-    def on_main(self, decide: Callable[[], _T]) -> _T:
-        """See `Processes`."""
-        return decide()
+    def prepare(self, set_up: Callable[..., object], *words: Any, log_folder: Path | None = None) -> None:
+        """From now on call `set_up(*words)` once in each process, before its first task, and log in `log_folder`."""
+        self._setting = _Setting(set_up, words, log_folder)
+        _begin(log_folder)
 
     def run(
-        self, task: Task, arguments: Sequence[tuple[Any, ...]], stage: Stage, report: Report = lambda work: None
+        self, task: Task, arguments: Iterable[tuple[Any, ...]], stage: Stage, report: Report = lambda work: None
     ) -> None:
-        """See `Processes`. Raises what a task raised, and ValueError if a worker process was killed."""
-        with Progress(stage, self._names, is_shown=self._shows_progress) as progress:
-            for work in self._done(task, arguments, stage):
+        """Run the task for each of the arguments, which are taken as they are needed; `report` gets what each has done.
+
+        Raises what a task raised, and ValueError if a worker process was killed.
+        """
+        todo = iter(arguments)
+        first = list(islice(todo, self._max_workers))
+        executor, names = self._start(len(first))
+        with Progress(stage, names, is_shown=self._shows_progress) as progress:
+            for work in self._works(executor, len(names), task, chain(first, todo), stage):
                 report(work)
                 progress.add(work)
 
-    def _done(self, task: Task, arguments: Sequence[tuple[Any, ...]], stage: Stage) -> Iterator[Work]:
-        if not self._pool:
-            for words in arguments:
-                yield _perform(task, words, stage, self._names[0])
+    def _works(
+        self, executor: Executor | None, num_workers: int, task: Task, todo: Iterator[tuple[Any, ...]], stage: Stage
+    ) -> Iterator[Work]:
+        if not executor:
+            for words in todo:
+                if self._setting.number != _setting_number:
+                    _set_up(self._setting)
+                yield _perform(task, words, stage)
             return
-        pending: set[Future[Work]] = set()
+        chunk_tasks = 1
+        while True:
+            while len(self._pending) < _CHUNKS_PER_PROCESS * num_workers and (chunk := list(islice(todo, chunk_tasks))):
+                self._pending.add(executor.submit(_perform_chunk, self._setting, task, chunk, stage))
+            if not self._pending:
+                return
+            finished, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
+            works = [work for future in finished for work in future.result()]
+            yield from works
+            task_s = sum(work.seconds for work in works) / len(works)
+            chunk_tasks = min(_MAX_CHUNK_TASKS, max(1, int(_CHUNK_S / max(task_s, 1e-6))))
+
+    def _start(self, num_tasks: int) -> tuple[Executor | None, list[str]]:
+        """Return an executor of as many processes as there are tasks for, and their names; None: do it here."""
+        raise NotImplementedError
+
+
+# ---- processes of this machine
+
+
+class LocalProcesses(Processes):
+    """Processes of this machine, never more than two for each of its cores, nor than a stage has tasks; one worker is this
+    process itself."""
+
+    def __init__(self, num_workers: int, *, shows_progress: bool = False) -> None:
+        super().__init__(min(num_workers, PROCESSES_PER_CORE * available_cores()), shows_progress=shows_progress)
+        self._pool: ProcessPoolExecutor | None = None
+        self._names = ["main"]
+
+    def _start(self, num_tasks: int) -> tuple[Executor | None, list[str]]:
+        if self._max_workers > 1 and num_tasks > (len(self._names) if self._pool else 0):
+            if self._pool:
+                self._pool.shutdown()
+            fork = get_context("fork")  # a process started anew would import all of this for half a second
+            self._pool = ProcessPoolExecutor(num_tasks, fork, _begin_worker, (fork.Value("i", 0),))
+            self._names = [f"worker {number}" for number in range(num_tasks)]
+            # Workers inherit that Ctrl-C, which ends them all, is for this process.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._pool.submit(os.getpid)  # forks all of them, while there are no threads here
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return self._pool, self._names
+
+    def _works(self, executor: Executor | None, *words: Any) -> Iterator[Work]:
         try:
-            for words in arguments:
-                pending.add(self._submit(_perform_in_worker, task, words, stage))
-                if len(pending) >= _TASKS_PER_PROCESS * len(self._names):
-                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in finished)
-            yield from (future.result() for future in as_completed(pending))
-        except BrokenProcessPool:
-            where = f"; the last lines of {self._log_folder}/*.log tell what it was doing" if self._log_folder else ""
+            yield from super()._works(executor, *words)
+        except (BrokenProcessPool, OSError) as error:
+            # "handle is closed", which no task says: the pool is just finding out that it is broken
+            is_from_task = not executor or hasattr(error, "__notes__")
+            if isinstance(error, OSError) and (is_from_task or error.errno is not None):
+                raise
+            folder = self._setting.log_folder
+            where = f"; the last lines of {folder}/*.log tell what it was doing" if folder else ""
             raise ValueError(
                 "a worker process was killed, for example for want of memory: the same command with fewer --workers "
                 f"goes on{where}"
             ) from None
-
-    def _submit(self, function: Callable[..., _T], *words: Any) -> Future[_T]:
-        """Have a worker call it; a process started for it inherits that Ctrl-C, which ends them all, is for the parent."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return self._pool.submit(function, *words)  # type: ignore[union-attr]
-        except OSError as error:
-            if error.errno is None:  # "handle is closed": the pool is just finding out that it is broken
-                raise BrokenProcessPool from error
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def __enter__(self) -> LocalProcesses:
         return self
@@ -215,34 +264,13 @@ class LocalProcesses:
         _close_log(error)
 
 
-_worker_name: str  # set once in each worker process
-_worker_failure: Exception | None = None
-
-
-def _set_up_worker(
-    names: list[str], num_started: Any, log_folder: Path | None, set_up: Callable[..., None], settings: tuple[Any, ...]
-) -> None:
-    global _worker_name, _worker_failure
+def _begin_worker(num_started: Any) -> None:
+    global _name, _setting_number
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _close_log(None)  # the parent's
     with num_started.get_lock():
-        _worker_name = names[num_started.value]
+        _name, _setting_number = f"worker {num_started.value}", 0
         num_started.value += 1
-    try:
-        _close_log(None)  # the parent's
-        _begin(log_folder, _worker_name)
-        set_up(*settings)
-    except Exception as error:  # the pool would only say that it is broken: the first task tells why
-        _worker_failure = error
-
-
-def _perform_in_worker(task: Task, words: tuple[Any, ...], stage: Stage) -> Work:
-    try:
-        if _worker_failure:
-            raise _worker_failure
-        return _perform(task, words, stage, _worker_name)
-    except BaseException as error:
-        _log.error("failed by %s", type(error).__name__, exc_info=error)
-        raise
 
 
 def _end_with_parent() -> None:
@@ -256,15 +284,15 @@ def _end_with_parent() -> None:
 
 
 def num_launched() -> int:
-    """Processes that mpirun or srun has started together with this one, itself included; 1 without a launcher."""
+    """Return how many processes mpirun or srun has started together with this one, itself included; 1 without them."""
     names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
     return int(next((os.environ[name] for name in names if name in os.environ), 1))
 
 
 def launched_by_mpi() -> bool:
-    """Whether this process is one of the ranks of an MPI job.
+    """Return whether this process is one of the ranks of an MPI job.
 
-    Raises ValueError for one of several that srun has started without MPI: each would do the whole work.
+    Raises ValueError for one of several that srun has started without MPI: each would do all of the work.
     """
     if num_launched() == 1:
         return False
@@ -278,7 +306,8 @@ def launched_by_mpi() -> bool:
     return True
 
 
-# Beside each rank, to tell of its death, which neither MPI nor srun does: mpirun ends the others, here a rank of srun does.
+# A process next to each rank that tells of its death, which neither MPI nor srun does. mpirun then ends the other ranks;
+# under srun this process does.
 _WATCH = """
 while read -r line; do last=$line; done
 [ "$last" = done ] && exit
@@ -288,32 +317,29 @@ echo "rank $rank: error: was killed, for example for want of memory${last:+; the
 """
 
 
-class MPIProcesses:
-    """The ranks of an MPI job, each of which works.
+class MPIProcesses(Processes):
+    """The ranks of an MPI job: rank 0 conducts, the others work.
 
-    Rank 0 hands out the tasks one by one, in a thread beside its own work, to whoever asks for the next: a slow host does
-    fewer, and no rank waits for another but at the end of a stage. Messages are that request, with what was done since the
-    last one, and the number of a task.
+    In a `with` statement rank 0 gets this object; for the other ranks the statement begins with all of their work, and then
+    gives None. A slow host does fewer tasks than a fast one, and no rank waits for another but at the end of a stage.
     """
 
     def __init__(self, *, shows_progress: bool = False) -> None:
-        self._watcher = subprocess.Popen(
-            ["sh", "-c", _WATCH], stdin=subprocess.PIPE, text=True, errors="surrogateescape"
-        )
+        global _name, _watcher
+        _watcher = subprocess.Popen(["sh", "-c", _WATCH], stdin=subprocess.PIPE, text=True, errors="surrogateescape")
         try:
             self._start_mpi()
         except ValueError:
-            self._watcher.communicate("done\n")
+            _watcher.communicate("done\n")
             raise
-        self.is_main = self._comm.rank == 0
-        self._name = f"rank {self._comm.rank}"
-        self._shows_progress = shows_progress
-        self._has_failed_everywhere = False
+        _name = f"rank {self._comm.rank}"
+        super().__init__(self._comm.size - 1, shows_progress=shows_progress)
 
     def _start_mpi(self) -> None:
         from mpi4py import MPI  # here, because it initialises MPI
+        from mpi4py.futures import MPICommExecutor
 
-        self._comm, self._status = MPI.COMM_WORLD, MPI.Status()
+        self._comm = MPI.COMM_WORLD
         if self._comm.size == 1 < num_launched():
             raise ValueError(
                 f"{num_launched()} processes were started, but MPI knows of one: mpi4py has found another MPI library "
@@ -323,109 +349,27 @@ class MPIProcesses:
             raise ValueError(
                 "this MPI library allows no calls from a thread (it grants less than MPI_THREAD_SERIALIZED)"
             )
+        self._ranks = MPICommExecutor(self._comm)
 
-    def prepare(self, set_up: Callable[..., None], *settings: Any, log_folder: Path | None = None) -> None:
-        """See `Processes`."""
-        if log_folder:
-            self._watcher.stdin.write(f"{log_folder}\n")  # type: ignore[union-attr]
-            self._watcher.stdin.flush()  # type: ignore[union-attr]
-            self.on_main(lambda: log_folder.mkdir(parents=True, exist_ok=True))
-        _begin(log_folder, self._name)
-        set_up(*settings)
-
-    def on_main(self, decide: Callable[[], _T]) -> _T:
-        """See `Processes`."""
-        outcome: tuple[_T | None, Exception | None] = (None, None)
-        if self.is_main:
-            try:
-                outcome = (decide(), None)
-            except (ValueError, OSError) as error:
-                outcome = (None, error)
-        value, failure = self._comm.bcast(outcome)
-        if failure:
-            self._has_failed_everywhere = True
-            raise failure
-        return value  # type: ignore[no-any-return]
-
-    def run(
-        self, task: Task, arguments: Sequence[tuple[Any, ...]], stage: Stage, report: Report = lambda work: None
-    ) -> None:
-        """See `Processes`. A task that fails on one rank ends the whole job, with the reason."""
-        if self.is_main:
-            self._work_and_hand_out(task, arguments, stage, report)
-        else:
-            self._work(task, arguments, stage)
-        self._comm.barrier()
-
-    def _work(self, task: Task, arguments: Sequence[tuple[Any, ...]], stage: Stage) -> None:
-        done: Work | None = None
-        while True:
-            self._comm.send(done, dest=0)
-            number = self._comm.recv(source=0)
-            if number is None:
-                return
-            done = _perform(task, arguments[number], stage, self._name)
-
-    def _work_and_hand_out(
-        self, task: Task, arguments: Sequence[tuple[Any, ...]], stage: Stage, report: Report
-    ) -> None:
-        todo = iter(range(len(arguments)))
-        lock = threading.Lock()
-
-        def take() -> int | None:
-            with lock:
-                return next(todo, None)
-
-        def record(work: Work) -> None:
-            with lock:
-                report(work)
-            progress.add(work)
-
-        def hand_out() -> None:
-            num_working, pause_s = self._comm.size - 1, 0.0
-            while num_working:
-                if not self._comm.iprobe(status=self._status):  # MPI's own waiting takes a whole core
-                    pause_s = min(pause_s + _MAX_PAUSE_S / 10, _MAX_PAUSE_S)
-                    time.sleep(pause_s)
-                    continue
-                pause_s = 0.0
-                rank = self._status.Get_source()
-                if work := self._comm.recv(source=rank):
-                    record(work)
-                number = take()
-                self._comm.send(number, dest=rank)
-                num_working -= number is None
-
-        names = [f"rank {rank}" for rank in range(self._comm.size)]
-        with Progress(stage, names, is_shown=self._shows_progress) as progress:
-            thread = threading.Thread(target=self._end_if_it_fails, args=(hand_out,), daemon=True)
-            thread.start()
-            while (number := take()) is not None:
-                record(_perform(task, arguments[number], stage, self._name))
-            thread.join()
-
-    def _end_if_it_fails(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self._end(error)
+    def _start(self, num_tasks: int) -> tuple[Executor | None, list[str]]:
+        return self._executor, [f"rank {rank}" for rank in range(1, self._comm.size)]
 
     def _end(self, error: BaseException) -> None:
-        """End the job because of what only this rank knows."""
+        """End the job at once, whatever the other ranks are doing."""
         is_users = isinstance(error, (ValueError, OSError))
         reason = describe_error(error) if is_users else "".join(traceback.format_exception(error))
-        print(f"{self._name}: error: {reason}", file=sys.stderr, flush=True)
+        print(f"{getattr(error, '__notes__', [_name])[0]}: error: {reason}", file=sys.stderr, flush=True)
         _close_log(error)
-        self._watcher.communicate("done\n")
+        _watcher.communicate("done\n")  # type: ignore[union-attr]
         self._comm.Abort(USER_ERROR_STATUS if is_users else 1)
 
-    def __enter__(self) -> MPIProcesses:
-        return self
+    def __enter__(self) -> MPIProcesses | None:
+        self._executor: Any = self._ranks.__enter__()
+        return self if self._executor else None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error and not self._has_failed_everywhere:
+        if error and self._pending:
             self._end(error)
+        self._ranks.__exit__(kind, error, trace)
         _close_log(error)
-        self._watcher.communicate("done\n")
-        if error and not self.is_main:
-            raise SystemExit(USER_ERROR_STATUS) from None  # the main process tells why
+        _watcher.communicate("done\n")  # type: ignore[union-attr]

@@ -8,15 +8,18 @@ A data set is a folder:
     validation-00000.h5 ...
 
 A shard holds facts about N samples, never slots, padding or masks of L x L. T = the tokens of all of them and M = the
-masked ones, one sample behind the other; K = mask sets; token = uint16 where the vocabulary fits and uint32 where not:
+masked ones, concatenated; K = mask sets; token = uint16 where the vocabulary fits and uint32 where not:
 
     samples  [N]     length             uint16   tokens, special ones included
                      segment_boundary   uint16   where segment B begins
-                     num_masked         uint16
+                     num_masked         uint16   in every mask set; uint16 [K] where the mask rate differs between sets
     tokens   [T]     token              "[SOS] S1 [EOS] S2 [EOS]"
     masks    [K, M]  position           uint16   in factorization order
                      turn               uint16   the factorization step of each, from 1
                      shown              token    what the context shows there
+
+Where the rate differs, M is that of the set with most masked tokens; the rows of the others are not used to the end, and HDF5
+chunks without anything in them take no room.
 
 Every array is checksummed (fletcher32) in HDF5 chunks, of the masks of one set; the file is written in HDF5's newest
 layout, whose metadata carry checksums as well. So a flipped byte is an error when it is read, not another token.
@@ -36,8 +39,10 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
+from data_prep.errors import UserError
 from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
-from data_prep.masking import MAX_BLOCK_TOKENS, Masks, max_masked, num_masked
+from data_prep.mask_settings import MaskSettings, num_masked
+from data_prep.masking import Masks
 from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
@@ -48,7 +53,6 @@ CHUNK_SAMPLES = 128  # read at a time
 MAX_LENGTH_LIMIT_TOKENS = 2**16 - 1
 _MAX_OPEN_FILES = 32
 _FULL_SAMPLES_PER_CHUNK = 64  # of HDF5; more are read in vain, fewer take longer
-_SAMPLE_DTYPE = np.dtype([(name, np.uint16) for name in ("length", "segment_boundary", "num_masked")])
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -64,35 +68,47 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shard(path: Path, samples: Samples, masks: Masks, max_length_tokens: int) -> dict[str, Any]:
+def write_shard(
+    path: Path, samples: Samples, masks: Masks, max_length_tokens: int, max_masked_tokens: int
+) -> dict[str, Any]:
     """Write a shard, whole or not at all; returns its entry of the manifest.
 
     The file is built in memory: what HDF5 would write piece by piece to a full disk is one plain write.
     """
-    facts = np.empty(len(samples.length_B), dtype=_SAMPLE_DTYPE)
+    num_masked_KB, num_samples = masks.num_masked_KB, len(samples.length_B)
+    is_constant = bool((num_masked_KB == num_masked_KB[0]).all())
+    of_masks = () if is_constant else (len(num_masked_KB),)
+    facts = np.empty(
+        num_samples, dtype=[("length", np.uint16), ("segment_boundary", np.uint16), ("num_masked", np.uint16, of_masks)]
+    )
     facts["length"], facts["segment_boundary"] = samples.length_B, samples.segment_boundary_B
-    facts["num_masked"] = masks.num_masked_B
-    chunk_tokens = _FULL_SAMPLES_PER_CHUNK * max_length_tokens
-    chunk_masks = _FULL_SAMPLES_PER_CHUNK * max_masked(max_length_tokens, NUM_SPECIAL_TOKENS)
+    facts["num_masked"] = num_masked_KB[0] if is_constant else num_masked_KB.T
+    num_masked_K = num_masked_KB.sum(axis=1).tolist()
+    masks_shape = len(num_masked_K), max(num_masked_K)
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest", rdcc_nbytes=0) as file:
         file.attrs["format"] = np.bytes_(FORMAT)  # of fixed size: HDF5 keeps others where it has no checksum
         file.attrs["version"] = VERSION
-        for name, array, chunk in (
-            ("samples", facts, facts.shape),
-            ("tokens", samples.tokens_T, (chunk_tokens,)),
-            ("masks", masks.places_KM, (1, chunk_masks)),
+        for name, rows, shape, chunk in (
+            ("samples", [facts], facts.shape, facts.shape),
+            ("tokens", [samples.tokens_T], samples.tokens_T.shape, (_FULL_SAMPLES_PER_CHUNK * max_length_tokens,)),
+            ("masks", masks.places_K, masks_shape, (1, _FULL_SAMPLES_PER_CHUNK * max_masked_tokens)),
         ):
-            chunks = tuple(map(min, chunk, array.shape))
-            settings = {"chunks": chunks, "fletcher32": True} if array.size else {}
-            file.create_dataset(name, data=array, **settings)
+            settings = {"chunks": tuple(map(min, chunk, shape)), "fletcher32": True} if all(shape) else {}
+            stored = file.create_dataset(name, shape, rows[0].dtype, **settings)
+            for index, row in enumerate(rows):
+                stored[slice(len(row)) if stored.ndim == 1 else (index, slice(len(row)))] = row
         file.flush()
         image = file.id.get_file_image()
     write_whole(path, image)
-    return {
-        "file": path.name, "num_samples": len(facts), "num_tokens": len(samples.tokens_T),
-        "num_masked": int(masks.num_masked_B.sum()), "size_bytes": len(image),
+    entry = {
+        "file": path.name,
+        "num_samples": num_samples,
+        "num_tokens": len(samples.tokens_T),
+        "num_masked": num_masked_K[0],
+        "size_bytes": len(image),
         "sha256": hashlib.sha256(image).hexdigest(),
-    }  # fmt: skip
+    }
+    return entry if is_constant else entry | {"num_masked_of_sets": num_masked_K}
 
 
 @dataclass(frozen=True)
@@ -118,10 +134,14 @@ class SampleBatch:
 
 
 def batch_of(
-    samples: Samples, num_masked_B: np.ndarray, places_M: np.ndarray, max_length_tokens: int, pad_id: int
+    samples: Samples,
+    num_masked_B: np.ndarray,
+    places_M: np.ndarray,
+    max_length_tokens: int,
+    max_masked_tokens: int,
+    pad_id: int,
 ) -> SampleBatch:
     """The samples with one of their mask sets, a row each."""
-    max_masked_tokens = max_masked(max_length_tokens, NUM_SPECIAL_TOKENS)
     masks = (_in_rows(places_M[name], num_masked_B, max_masked_tokens, 0) for name in ("position", "turn", "shown"))
     tokens_BL = _in_rows(samples.tokens_T, samples.length_B, max_length_tokens, pad_id)
     return SampleBatch(tokens_BL, samples.length_B, samples.segment_boundary_B, num_masked_B, *masks)
@@ -136,20 +156,22 @@ def _in_rows(values: np.ndarray, count_B: np.ndarray, width: int, unused: int) -
 class _Shard:
     """An open shard file. Raises OSError, KeyError or RuntimeError where what is read is damaged."""
 
-    def __init__(self, path: Path, max_length_tokens: int) -> None:
+    def __init__(self, path: Path, max_length_tokens: int, max_masked_tokens: int) -> None:
         self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no cache: little is read twice
         if self._file.attrs.get("format") != np.bytes_(FORMAT) or self._file.attrs.get("version") != VERSION:
-            raise ValueError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
+            raise UserError(f"{path}: not a {FORMAT} file of version {VERSION}; build the data anew")
         self._tokens, self._masks, self._samples = (self._file[name] for name in ("tokens", "masks", "samples"))
         self._samples = self._samples[:]
-        self._token_edges, self._mask_edges = (
-            np.concatenate([[0], np.cumsum(self._samples[name], dtype=np.int64)]) for name in ("length", "num_masked")
-        )
-        longest = self._samples["length"].max(), self._samples["num_masked"].max()
+        num_masked_N = self._samples["num_masked"]
+        self._num_masked_KN = np.broadcast_to(num_masked_N.T, (self._masks.shape[0], len(num_masked_N)))
+        self._token_edges = _edges(self._samples["length"])
+        # Of each set where they differ, else of all.
+        self._mask_edges = [_edges(num_masked) for num_masked in np.atleast_2d(num_masked_N.T)]
         if (
-            (self._token_edges[-1], self._mask_edges[-1]) != (len(self._tokens), self._masks.shape[1])
-            or longest[0] > max_length_tokens
-            or longest[1] > max_masked(max_length_tokens, NUM_SPECIAL_TOKENS)
+            (self._token_edges[-1], max(edges[-1] for edges in self._mask_edges))
+            != (len(self._tokens), self._masks.shape[1])
+            or self._samples["length"].max() > max_length_tokens
+            or num_masked_N.max() > max_masked_tokens
         ):
             raise OSError("the lengths of its samples are wrong")
 
@@ -165,15 +187,19 @@ class _Shard:
 
     def read_masks(self, rows: slice, mask_set: int) -> tuple[np.ndarray, np.ndarray]:
         """The number of masked tokens of each sample, and their places, one sample behind the other."""
-        num_masked_B = self._samples["num_masked"][rows]
-        stop = rows.start + len(num_masked_B)
-        places = self._masks[mask_set, self._mask_edges[rows.start] : self._mask_edges[stop]]
+        num_masked_B = self._num_masked_KN[mask_set, rows]
+        edges = self._mask_edges[min(mask_set, len(self._mask_edges) - 1)]
+        places = self._masks[mask_set, edges[rows.start] : edges[rows.start + len(num_masked_B)]]
         if not places["position"].all():
             raise OSError("zeros in place of masks")
         return num_masked_B, places
 
     def close(self) -> None:
         self._file.close()
+
+
+def _edges(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 class DataSet:
@@ -188,11 +214,13 @@ class DataSet:
         self.parameters: dict[str, Any] = self.manifest["parameters"]
         self.max_length_tokens: int = self.parameters["max_length_tokens"]
         self.num_mask_sets: int = self.parameters["mask_sets"]
+        self.masks = MaskSettings.of_data_set(self.parameters)
+        self.max_masked_tokens = self.masks.max_masked(self.max_length_tokens, NUM_SPECIAL_TOKENS)
         path = folder / self.manifest["tokenizer"]["file"]
         if not path.is_file():
-            raise ValueError(f"{path}: is missing; put it back or build the data anew")
+            raise UserError(f"{path}: is missing; put it back or build the data anew")
         if (found := sha256_of_file(path)) != self.manifest["tokenizer"]["sha256"]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not the tokenizer these shards were made with (SHA-256 {found[:12]}, "
                 f"expected {self.manifest['tokenizer']['sha256'][:12]}); put the right file back or build the data anew"
             )
@@ -222,7 +250,7 @@ class DataSet:
         rows = slice(row, row + CHUNK_SAMPLES)
         with self._shard(split, index) as shard:
             samples, masks = shard.read_samples(rows, self.tokenizer), shard.read_masks(rows, mask_set)
-        return batch_of(samples, *masks, self.max_length_tokens, self.tokenizer.pad_id)
+        return batch_of(samples, *masks, self.max_length_tokens, self.max_masked_tokens, self.tokenizer.pad_id)
 
     def read_shard(self, split: Split, index: int) -> Samples:
         """All samples of a shard, without their masks. Raises ValueError, naming the file, where a checksum does not hold."""
@@ -242,11 +270,11 @@ class DataSet:
             if path not in self._open_shards:
                 if len(self._open_shards) >= _MAX_OPEN_FILES:
                     self._open_shards.popitem(last=False)[1].close()
-                self._open_shards[path] = _Shard(path, self.max_length_tokens)
+                self._open_shards[path] = _Shard(path, self.max_length_tokens, self.max_masked_tokens)
             self._open_shards.move_to_end(path)
             yield self._open_shards[path]
         except (OSError, KeyError, RuntimeError) as error:
-            raise ValueError(_damaged(path, error)) from None
+            raise UserError(_damaged(path, error)) from None
 
     def close(self) -> None:
         """Close the open shard files."""
@@ -276,7 +304,7 @@ def write_data_manifest(folder: Path, content: dict[str, Any]) -> None:
 def read_data_manifest(folder: Path) -> dict[str, Any]:
     """The manifest; ValueError where there is none, or it is damaged or another version's."""
     if not manifest_path(folder).is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: no data set there (no {MANIFEST}). Make one with: python -m data_prep train-tokenizer "
             f"--corpus TEXTS --tokenizer tokenizer.model && python -m data_prep build --corpus TEXTS "
             f"--tokenizer tokenizer.model --data {folder}"
@@ -325,13 +353,16 @@ def _sample_faults(data: DataSet, split: Split, shard: int, num_samples: int) ->
             except ValueError as error:
                 yield str(error)
                 return
-            for rule, holds_B in check_samples(batch, data.tokenizer).items():
+            for rule, holds_B in check_samples(batch, data.tokenizer, data.masks, mask_set).items():
                 for row in np.flatnonzero(~holds_B)[:1]:
                     yield f"sample {chunk * CHUNK_SAMPLES + row}, mask set {mask_set}: {rule} does not hold"
 
 
-def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """The rules of the format, and for each of the B samples whether it keeps them."""
+def check_samples(
+    batch: SampleBatch, tokenizer: Tokenizer, masks: MaskSettings, mask_set: int
+) -> dict[str, np.ndarray]:
+    """Return the rules of the format, and for each of the B samples whether it keeps them."""
+    rate, (_, longest) = masks.rates_K[mask_set], masks.block_lengths
     max_length = batch.tokens_BL.shape[1]
     rows = np.arange(len(batch.length_B))
     used_BP = batch.turns_BP > 0
@@ -351,7 +382,8 @@ def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndar
     turn_step_BP = np.diff(batch.turns_BP, axis=1, prepend=0)
     position_step_BP = np.diff(batch.positions_BP, axis=1, prepend=-2)
     goes_on_BP = (turn_step_BP == 1) | ((turn_step_BP == 0) & (position_step_BP == 1))
-    may_be_shown = np.append(tokenizer.normal_ids, tokenizer.mask_id)
+    original_BP = batch.tokens_BL[rows[:, None], positions_BP]
+    is_mask_or_text_BP = np.isin(batch.shown_BP, np.append(tokenizer.normal_ids, tokenizer.mask_id))
     block_tokens = np.stack([(batch.turns_BP == turn).sum(axis=1) for turn in range(1, used_BP.shape[1] + 1)])
     in_vocabulary = [(ids < tokenizer.vocab_size).all(axis=1) for ids in (batch.tokens_BL, batch.shown_BP)]
     is_masked_special_BP = ~(is_text_BL & ~is_special_BL)[rows[:, None], positions_BP] & used_BP
@@ -364,10 +396,13 @@ def check_samples(batch: SampleBatch, tokenizer: Tokenizer) -> dict[str, np.ndar
         & (batch.tokens_BL[rows, boundary_B - 1] == tokenizer.eos_id)
         & (boundary_B < length_B),
         "[PAD] behind the text": ((batch.tokens_BL == tokenizer.pad_id) == ~is_text_BL).all(axis=1),
-        "15% are masked": (batch.num_masked_B == num_masked(maskable_B)) & (used_BP.sum(axis=1) == batch.num_masked_B),
+        f"{rate:.6g} of the tokens are masked": (batch.num_masked_B == num_masked(maskable_B, rate))
+        & (used_BP.sum(axis=1) == batch.num_masked_B),
         "no special token is masked": ~is_masked_special_BP.any(axis=1),
         "no position is masked twice": (times_masked <= 1).all(axis=1),
         "turns count up from 1": (~used_BP | goes_on_BP).all(axis=1),
-        "a turn has at most 6 tokens": (block_tokens <= MAX_BLOCK_TOKENS).all(axis=0),
-        "[MASK] or a text token is shown": (~used_BP | np.isin(batch.shown_BP, may_be_shown)).all(axis=1),
+        f"a turn has at most {longest} tokens": (block_tokens <= longest).all(axis=0),
+        "[MASK], a text token or the original is shown": (
+            ~used_BP | is_mask_or_text_BP | (batch.shown_BP == original_BP)
+        ).all(axis=1),
     }

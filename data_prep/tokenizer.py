@@ -26,6 +26,8 @@ ROLE_PIECES = {
     "MASK": (MASK, "<mask>"),
 }
 """The names under which known vocabularies have each special token; the first one that is a special token counts."""
+MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = len(ROLE_PIECES) + 2, 2**24
+"""Entries of a tokenizer that is trained: the special tokens, the unknown one and one for text; what no text supports."""
 _REMEDY_JSON = "make it of a vocab.txt: `python -m data_prep import-tokenizer --from vocab.txt --tokenizer OUT.json`"
 _WORD_START = "▁"  # of a SentencePiece entry: what it writes for a space
 _TEXTS_PER_CALL = 2**14  # SentencePiece holds what it makes of them several times over

@@ -1,7 +1,9 @@
 """The first stage of a build: what becomes of a unit of the input, and the files that hold it until the shards are written.
 
-unit-00000012.npz    of each split, the ids of its texts, one behind the other, and how many of each; and counts of
-                     documents and samples, as JSON
+A unit is tokenized part by part, so that memory does not grow with its text: a compressed file is one unit, however large.
+
+unit-00000012-000000-end.npz    of a part, for each split, the ids of its texts, one after the other, and how many of each;
+                                and counts of documents and samples, as JSON; in the last part the digests of the unit's input
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ from data_prep.tokenizer import Tokenizer
 
 _LENGTH = "documents_of_tokens_"
 _GROUP_BYTES = 2**20  # encoded in one call
+PART_BYTES = 2**25
+"""Of text in a part, which has about half as many bytes of ids; most units have less."""
+UNIT = "unit"
 
 
 def tokenize(
@@ -93,31 +99,52 @@ def describe_text(counts: Counter[str]) -> dict[str, Any]:
     }
 
 
-def _file(work: Path, unit: int) -> Path:
-    return work / f"unit-{unit:08d}.npz"
+@dataclass
+class Part:
+    """Documents of a unit until their text reaches `PART_BYTES`. Read to its end, it knows whether it is the last one."""
+
+    documents: Iterator[Document]
+    num_documents: int = 0
+    num_bytes: int = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            yield document
+            self.num_documents += 1
+            self.num_bytes += len(document.utf8)
+            if self.num_bytes >= PART_BYTES:
+                return
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the documents came to their end before the part was full."""
+        return self.num_bytes < PART_BYTES
 
 
-def is_done(work: Path, unit: int) -> bool:
-    """Whether the unit's file is whole."""
-    return _file(work, unit).exists()
-
-
-def write_unit(work: Path, unit: int, texts: dict[Split, Texts], counts: Counter[str]) -> None:
-    """Leave what became of a unit in its file."""
+def write_part(path: Path, texts: dict[Split, Texts], counts: Counter[str], digests: bytes | bytearray) -> None:
+    """Leave what became of a part of a unit in its file, and, in the last part, what the unit's input was."""
     arrays = {f"{split}_{name}": array for split in texts for name, array in vars(texts[split]).items()}
     arrays["counts"] = np.frombuffer(json.dumps(dict(sorted(counts.items()))).encode(), np.uint8)
-    with unfinished_file(_file(work, unit)) as partial, open(partial, "wb") as file:
+    arrays["digests"] = np.frombuffer(digests, np.uint8)
+    with unfinished_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # its signature has a flag beside the arrays
 
 
-def read_texts(work: Path, unit: int, split: Split) -> Texts:
-    """The texts of a unit."""
-    with np.load(_file(work, unit), allow_pickle=False) as stored:
+def read_texts(path: Path, split: Split) -> Texts:
+    """Return the texts of a part."""
+    with np.load(path, allow_pickle=False) as stored:
         return Texts(stored[f"{split}_ids"], stored[f"{split}_num_ids_B"])
 
 
-def read_counts(work: Path, unit: int) -> dict[str, int]:
-    """The counts of a unit."""
-    with np.load(_file(work, unit), allow_pickle=False) as stored:
+def read_digests(path: Path) -> bytes:
+    """Return the digests of the blocks of a unit's input, from its last part."""
+    with np.load(path, allow_pickle=False) as stored:
+        digests: bytes = stored["digests"].tobytes()
+    return digests
+
+
+def read_counts(path: Path) -> dict[str, int]:
+    """Return the counts of a part."""
+    with np.load(path, allow_pickle=False) as stored:
         counts: dict[str, int] = json.loads(stored["counts"].tobytes())
     return counts

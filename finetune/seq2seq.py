@@ -16,6 +16,7 @@ from torch import nn
 from data_prep.console import ArgumentParser, add_flags, progress_bar
 from data_prep.draws import Decision, draw_words, unit_interval
 from data_prep.files import write_whole
+from data_prep.mask_settings import BLOCK_LENGTHS, BLOCK_SHARE
 from data_prep.masking import block_draw
 from data_prep.tokenizer import Tokenizer
 from finetune.batches import epoch_order, prediction_batches
@@ -106,7 +107,7 @@ class TargetNoise:
         of_masks, of_blocks = words[: self._max_tokens], words[self._max_tokens :]
         is_hidden = np.array([unit_interval(word) for word in of_masks[: len(target)]]) < settings.target_mask_prob
         if settings.target_blocks:
-            lengths = [block_draw(word, 1)[1] for word in of_blocks[: len(target)]]
+            lengths = [block_draw(word, 1, BLOCK_SHARE, *BLOCK_LENGTHS)[1] for word in of_blocks[: len(target)]]
             turns = np.repeat(turns, lengths)[: len(target)]
         return turns, np.where(is_hidden, self._tokenizer.mask_id, target)
 

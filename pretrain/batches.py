@@ -19,6 +19,7 @@ import numba
 import numpy as np
 
 from data_prep.draws import Decision, draw_words, word_of
+from data_prep.errors import UserError
 from data_prep.shards import CHUNK_SAMPLES, DataSet, SampleBatch, Split, concatenate
 from pretrain.layout import Layout, Objective, pseudo_masked_layout
 
@@ -162,14 +163,26 @@ class TrainingBatches:
     """The micro batches of any step of the run, for one rank."""
 
     def __init__(
-        self, data: DataSet, objective: Objective, share: Share, seed: int, *, one_shape: bool = False
+        self,
+        data: DataSet,
+        objective: Objective,
+        share: Share,
+        seed: int,
+        *,
+        total_samples: int | None = None,
+        one_shape: bool = False,
     ) -> None:
-        """`one_shape` as in `pseudo_masked_layout`. Raises ValueError if the data set has no training samples."""
-        if not data.num_samples("train"):
-            raise ValueError(f"{data.folder}: has no training samples")
-        self._order = SampleOrder(data.num_samples("train"), seed)
+        """`total_samples`: of the schedule, after which its last epoch ends; a data set whose mask rate differs between mask sets
+        needs it. `one_shape` as in `pseudo_masked_layout`. Raises ValueError if the data set has no training samples."""
+        num_samples = data.num_samples("train")
+        if not num_samples:
+            raise UserError(f"{data.folder}: has no training samples")
+        if total_samples is None and not data.masks.is_constant:
+            raise UserError(f"{data.folder}: its mask rate changes over a run, and the length of this one is not known")
+        self._order = SampleOrder(num_samples, seed)
         self._chunks = RecentChunks(data, "train")
-        self._num_mask_sets = data.num_mask_sets
+        self._masks = data.masks
+        self._num_epochs = -(-(total_samples or 1) // num_samples)
         self._mask_id = data.tokenizer.mask_id
         self._objective, self._share, self._one_shape = objective, share, one_shape
 
@@ -181,7 +194,7 @@ class TrainingBatches:
                 samples_consumed + (micro_step * self._share.world_size + self._share.rank) * self._share.micro_batch
             )
             epochs, samples = self._order.samples(first, first + self._share.micro_batch)
-            batch = self._chunks.read(samples, epochs % self._num_mask_sets)
+            batch = self._chunks.read(samples, self._masks.sets_of_epochs(epochs, self._num_epochs))
             layouts.append(
                 pseudo_masked_layout(batch, self._objective, mask_id=self._mask_id, one_shape=self._one_shape)
             )

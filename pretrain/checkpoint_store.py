@@ -7,21 +7,34 @@ import os
 import re
 import shutil
 import time
+import traceback
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from data_prep.console import describe_error
-from data_prep.files import read_json, read_manifest, sha256_of_file, sync_directory, write_manifest
+from data_prep.errors import UserError
+from data_prep.files import sha256_of_file, sync_directory, write_manifest
 from pretrain import distributed
-from pretrain.checkpoint import FORMAT, MANIFEST, SHARDS, VERSION, Checkpoint, checkpoints_folder, newest_whole
+from pretrain.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    SHARDS,
+    VERSION,
+    Checkpoint,
+    checkpoints_by_step,
+    checkpoints_folder,
+    folder_name,
+    newest_whole,
+    read_checkpoint_manifest,
+)
 from pretrain.engine import Engine
-from pretrain.guard import FAULT, Window, faults_folder
 
 _POLL_S = 0.05
+_KEYS_OF_VERSION_1 = ("samples_consumed", "skipped", "recent_steps")
 _RANK_IN_NAME = re.compile(r"zero_pp_rank_(\d+)_")
 
 
@@ -37,6 +50,8 @@ class Save:
     finishing_s: float
     """For which the files were flushed, hashed and declared whole while training went on."""
     failure: str | None
+    not_removed: tuple[str, ...] = ()
+    """Why older checkpoints could not be removed; each is told once."""
 
 
 def find_checkpoint(run: Path, identity: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
@@ -57,78 +72,92 @@ def find_checkpoint(run: Path, identity: dict[str, Any]) -> tuple[Checkpoint | N
             found = describe_error(error)
     found = distributed.from_rank_0(found)
     if isinstance(found, str):
-        raise ValueError(found)
+        raise UserError(found)
     return found
 
 
 def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    saved = checkpoint.manifest["identity"]
-    changes = [
-        f"{key} was {saved.get(key)!r} and is now {value!r}"
-        for key, value in identity.items()
-        if saved.get(key) != value
-    ]
+    changes = list(_differences(checkpoint.manifest["identity"], identity, ""))
     if changes:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.folder}: was saved by another kind of run: {'; '.join(changes)}; "
             "put that back, or begin anew with another --run"
         )
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in now.items():
+        before = saved.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            yield from _differences(before, value, f"{prefix}{key}.")
+        elif before != value:
+            yield f"{prefix}{key} was {before!r} and is now {value!r}"
 
 
 class CheckpointStore:
     """Saves and restores a run's checkpoints; every method is called by all ranks together."""
 
     def __init__(
-        self, run: Path, engine: Engine, identity: dict[str, Any], keep_last: int, keep_every_steps: int
+        self,
+        run: Path,
+        engine: Engine,
+        identity: dict[str, Any],
+        keep_last: int,
+        keep_every_steps: int,
+        steps_to_keep: Callable[[], set[int]] = set,
     ) -> None:
-        """`identity` is what must be the same for a run to go on: model, objective, data, batch, ..."""
+        """`identity`: what must be the same for a run to go on: model, objective, data, batch, ...; `steps_to_keep`: steps
+        whose checkpoints are not to be removed now."""
         self._run, self._engine, self._identity = run, engine, identity
-        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        self._keep_last, self._keep_every_steps, self._steps_to_keep = keep_last, keep_every_steps, steps_to_keep
         self._exchange = distributed.ranks_store()
         self._saving: Thread | None = None
         self._num_saves, self._stall_s = 0, 0.0
         self._saves: deque[Save] = deque()
         self._failure: str | None = None
+        self._not_removed: set[Path] = set()
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the run as it was then. Raises ValueError, on all ranks, where one could not read its part."""
         self._engine.load_shards(checkpoint.folder, SHARDS)
 
-    def record_skipped(self, skipped: list[Window]) -> None:
-        """Let every checkpoint know of the windows, so that whichever is resumed from has the same samples behind it.
+    def update_states(self, name: str, change: Callable[[Any], Any]) -> None:
+        """Replace the state of one component in every checkpoint by what `change` makes of it.
 
         Raises ValueError, on all ranks, where a manifest could not be written.
         """
         failure = None
         if self._engine.rank == 0:
             try:
-                for folder in sorted(checkpoints_folder(self._run).glob("step*"), reverse=True):
-                    self._rewrite_manifest(folder, {"skipped": [asdict(window) for window in skipped]})
+                for folder in reversed(checkpoints_by_step(self._run).values()):
+                    self._rewrite_state(folder, name, change)
             except OSError as error:
                 failure = describe_error(error)
         if failure := distributed.from_rank_0(failure):
-            raise ValueError(f"the skipped samples could not be recorded: {failure}")
+            raise UserError(f"the state of the {name} could not be written: {failure}")
 
     @staticmethod
-    def _rewrite_manifest(folder: Path, changes: dict[str, Any]) -> None:
+    def _rewrite_state(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
         try:
-            manifest = read_manifest(folder / MANIFEST, FORMAT, VERSION)
+            checkpoint = Checkpoint(folder, read_checkpoint_manifest(folder))
         except (ValueError, FileNotFoundError):  # a damaged checkpoint, never to be resumed from
             return
-        write_manifest(folder / MANIFEST, FORMAT, VERSION, {
-            key: value for key, value in (manifest | changes).items() if key not in ("format", "version")
-        })  # fmt: skip
+        states = checkpoint.states
+        of_format = {"format", "version", "states", *_KEYS_OF_VERSION_1}
+        content = {key: value for key, value in checkpoint.manifest.items() if key not in of_format}
+        changed = {**states, name: change(states[name])}
+        write_manifest(folder / MANIFEST, FORMAT, VERSION, {**content, "states": changed})
 
-    def save(self, place: dict[str, Any]) -> None:
+    def save(self, states: dict[str, Any]) -> None:
         """Save the run as it is now: DeepSpeed's files are written, then a thread flushes and hashes them, declares the
         checkpoint whole and removes old ones, while training goes on.
 
-        `place`, the run's place in its samples, goes to the manifest: samples_consumed, skipped windows, the guard's recent steps.
-        What became of it, a failure too, is told by `saved` and `finish`; the checkpoints there were are still there.
+        `states`, of the run's components by their names and in JSON's types, go to the manifest. What became of it, a
+        failure too, is told by `saved` and `finish`; the checkpoints there were are still there.
         """
         self.finish()
         started = time.perf_counter()
-        folder = checkpoints_folder(self._run) / f"step{self._engine.steps:08d}"
+        folder = checkpoints_folder(self._run) / folder_name(self._engine.steps)
         unfinished = folder.with_name(f".tmp-{folder.name}")
         failure = distributed.from_rank_0(_made_anew(unfinished / SHARDS) if self._engine.rank == 0 else None)
         if not failure:
@@ -138,7 +167,7 @@ class CheckpointStore:
         self._failure = f"{folder}: was not finished"
         self._stall_s = time.perf_counter() - started
         self._saving = Thread(
-            target=self._finish_own, args=(folder, unfinished, self._engine.steps, place, failure),
+            target=self._finish_own, args=(folder, unfinished, self._engine.steps, states, failure),
             name="checkpoint", daemon=True,
         )  # fmt: skip
         self._saving.start()
@@ -163,29 +192,36 @@ class CheckpointStore:
     # The thread's part: no collectives, as the main thread is in the middle of its own.
 
     def _finish_own(
-        self, folder: Path, unfinished: Path, step: int, place: dict[str, Any], failure: str | None
+        self, folder: Path, unfinished: Path, step: int, states: dict[str, Any], failure: str | None
     ) -> None:
         files: dict[str, Any] = {}
         started = time.perf_counter()
         if not failure:
             try:
                 files = dict(self._flush_own_files(unfinished))
-            except OSError as error:
-                failure = describe_error(error)
+            except Exception as error:
+                failure = _described(error)
         self._exchange.set(self._report_key(self._engine.rank), json.dumps([failure, files]))
         if self._engine.rank == 0:
             failure, files = self._all_reports()
+            not_removed: tuple[str, ...] = ()
             if not failure:
                 try:
-                    self._declare_whole(unfinished, folder, step, place, files)
-                except OSError as error:
-                    failure = describe_error(error)
+                    self._declare_whole(unfinished, folder, step, states, files)
+                except Exception as error:
+                    failure = _described(error)
+            if not failure:
+                try:
+                    not_removed = tuple(self._remove_old(step))
+                except Exception as error:
+                    not_removed = (f"{folder.parent}: old checkpoints could not be removed: {_described(error)}",)
             if failure:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 failure = f"{folder}: could not be saved ({failure}; {_free(self._run)}); older ones are untouched"
             size_bytes = sum(file["size_bytes"] for file in files.values())
             self._failure = failure
-            self._saves.append(Save(step, size_bytes, self._stall_s, time.perf_counter() - started, failure))
+            finishing_s = time.perf_counter() - started
+            self._saves.append(Save(step, size_bytes, self._stall_s, finishing_s, failure, not_removed))
 
     def _all_reports(self) -> tuple[str | None, dict[str, Any]]:
         """The first failure, if there is any, and all ranks' files; waits for every rank, so that none still reads what a
@@ -216,39 +252,56 @@ class CheckpointStore:
                 yield file.relative_to(folder).as_posix(), {"size_bytes": size, "sha256": sha256_of_file(file)}
 
     def _declare_whole(
-        self, unfinished: Path, folder: Path, step: int, place: dict[str, Any], files: dict[str, Any]
+        self, unfinished: Path, folder: Path, step: int, states: dict[str, Any], files: dict[str, Any]
     ) -> None:
-        write_manifest(unfinished / MANIFEST, FORMAT, VERSION, {
-            "step": step, **place, "identity": self._identity,
-            "world_size": self._engine.world_size, "zero_stage": self._engine.zero_stage,
-            "precision": self._engine.precision, "files": dict(sorted(files.items())),
-        })  # fmt: skip
+        content = {
+            "step": step,
+            "states": states,
+            "identity": self._identity,
+            "world_size": self._engine.world_size,
+            "zero_stage": self._engine.zero_stage,
+            "precision": self._engine.precision,
+            "files": dict(sorted(files.items())),
+        }
+        write_manifest(unfinished / MANIFEST, FORMAT, VERSION, content)
         sync_directory(unfinished / SHARDS)
         if folder.exists():
-            self._remove(folder)
+            _remove(folder)
         os.rename(unfinished, folder)
         sync_directory(folder.parent)
-        self._remove_old(folder)
 
-    def _remove_old(self, newest: Path) -> None:
-        """Of the newest one and those before it; later ones are the damaged that this run was not resumed from."""
-        folders = sorted(f for f in checkpoints_folder(self._run).glob("step*") if f.name <= newest.name)
-        for folder in folders[: -self._keep_last]:
-            step = int(folder.name.removeprefix("step"))
-            if step not in self._steps_to_replay() and not (
-                self._keep_every_steps and step % self._keep_every_steps == 0
-            ):
-                self._remove(folder)
+    def _remove_old(self, newest: int) -> Iterator[str]:
+        """Remove what --keep_last leaves over; yields why a checkpoint could not be removed, once for each.
 
-    def _steps_to_replay(self) -> set[int]:
-        """Of the checkpoints from which faults are replayed: kept until the fault's folder is removed."""
-        faults = faults_folder(self._run).glob(f"step*/{FAULT}")
-        return {int(read_json(fault)["window"]["checkpoint_step"]) for fault in faults}
+        Checkpoints later than `newest` are the damaged ones that this run was not resumed from, and do not count.
+        """
+        folders = [(step, f) for step, f in checkpoints_by_step(self._run).items() if step <= newest]
+        to_keep = self._steps_to_keep()
+        for step, folder in folders[: -self._keep_last]:
+            if step in to_keep or (self._keep_every_steps and step % self._keep_every_steps == 0):
+                continue
+            try:
+                _remove(folder)
+            except OSError as error:
+                if folder not in self._not_removed:
+                    yield f"{folder}: an old checkpoint, could not be removed: {describe_error(error)}"
+                self._not_removed.add(folder)
 
-    def _remove(self, folder: Path) -> None:
-        condemned = folder.with_name(f".tmp-{folder.name}-old")  # so that half of it is never taken for a damaged one
-        os.rename(folder, condemned)
-        shutil.rmtree(condemned, ignore_errors=True)
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, so that half of it is never taken for a damaged one. Raises OSError where it is untouched."""
+    condemned = folder.with_name(f".tmp-{folder.name}-old")
+    shutil.rmtree(condemned, ignore_errors=True)
+    os.rename(folder, condemned)
+    shutil.rmtree(condemned, ignore_errors=True)
+
+
+def _described(error: Exception) -> str:
+    """Return an error of the thread in one line; the traceback of one that is not the disk's goes to the log."""
+    if isinstance(error, OSError):
+        return describe_error(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _made_anew(folder: Path) -> str | None:

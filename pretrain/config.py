@@ -11,11 +11,14 @@ from data_prep.console import ArgumentParser, add_flags, describe_error, flag_va
 from data_prep.shards import DataSet
 from pretrain.attention import AttentionBackend
 from pretrain.cloze import ClozePrompts, read_prompts
+from pretrain.compiler import compiler_fault
 from pretrain.device import Speeds
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Objective
 from pretrain.model import ModelSize, PMLMConfig
 
+_GREATEST = 10**9  # of steps, samples, hours and all else that is counted
+_GREATEST_SEED = 2**63 - 1
 _T = TypeVar("_T")
 
 
@@ -79,9 +82,10 @@ class RunConfig:
             "spike_window_steps": 2, "max_rewinds": 0, "watchdog_minutes": 0,
         }  # fmt: skip
         faults = [
-            f"{name} is {value}, expected at least {least}"
+            f"{name} is {value}, expected at least {least} and at most {greatest}"
             for name, least in at_least.items()
-            if (value := getattr(self, name)) is not None and value < least
+            for greatest in [_GREATEST_SEED if name == "seed" else _GREATEST]
+            if (value := getattr(self, name)) is not None and not least <= value <= greatest  # nan is not, either
         ]
         if faults:
             raise ValueError("; ".join(faults))
@@ -103,6 +107,11 @@ class Inputs:
     total_steps: int
     cloze: ClozePrompts | None
 
+    @property
+    def schedule_samples(self) -> int:
+        """Samples of the learning-rate schedule, or of the run where the schedule has no end."""
+        return (self.deepspeed.total_steps or self.total_steps) * self.batch_sizes.train_batch
+
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
     """The command line of run_pretrain.py."""
@@ -116,6 +125,13 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
         type=int,
         metavar="N",
         help="only check the flags and the DeepSpeed JSON for N ranks on this machine, before there are data, and end",
+    )
+    parser.add_argument(
+        "--check_for_tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --check_for_ranks: samples will have up to N tokens",
     )
     return parser
 
@@ -169,7 +185,7 @@ def check_flags(args: Any, world_size: int, device: Speeds | None) -> None:
         raise ValueError(f"--check_for_ranks is {world_size}, expected at least 1")
     checks = _Checks(args, world_size, device)
     if model := checks.attempt(lambda: model_of(args, vocab_size=1)):
-        checks.faults += model_faults(model, args.attention, None, 0)
+        checks.faults += model_faults(model, args.attention, None, args.check_for_tokens)
     if checks.faults:
         raise ValueError("; ".join(checks.faults))
 
@@ -190,6 +206,8 @@ class _Checks:
                 "--cloze_prompts needs an objective with AE, which fills in masks, and --objective is "
                 f"{self.config.objective.value}"
             )
+        if self.config and self.config.compile and (fault := compiler_fault()):
+            self.faults.append(f"--compile: {fault}")
         if self.deepspeed:
             self._check_recipe(args, device)
 
@@ -205,6 +223,8 @@ class _Checks:
         recipe: DeepSpeedConfig = self.deepspeed
         if device and (fault := recipe.precision_fault(device)):
             self.faults.append(fault)
+        if recipe.offloads_optimizer and (fault := compiler_fault("ninja")):
+            self.faults.append(f"{recipe.path}: zero_optimization.offload_optimizer: {fault}")
         self.total_steps = args.max_steps or recipe.total_steps
         if self.total_steps is None:
             self.faults.append(f"{args.deepspeed_config}: its schedule has no total_num_steps; pass --max_steps")

@@ -14,18 +14,23 @@ import torch
 from torch import distributed
 
 from data_prep.console import available_cores
+from data_prep.errors import UserError
 from pretrain.device import device_kind
 from pretrain.launchers import host_identity, take_place
 
-_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+_NEVER_MINUTES = 60 * 24 * 365
+_timeout = datetime.timedelta(minutes=30)
 
 
-def join_ranks() -> None:
+def join_ranks(timeout_minutes: float = 30) -> None:
     """Join the other ranks as the launcher's environment says: over NCCL on GPUs, over gloo on CPUs.
 
-    Without a launcher this process is the only rank. Raises ValueError if the environment lacks something, or if rank 0's
+    After `timeout_minutes` (0 = never) the wait for another rank, here or in a collective, is an error. Without a
+    launcher this process is the only rank. Raises ValueError if the environment lacks something, or if rank 0's
     port is in use.
     """
+    global _timeout
+    _timeout = datetime.timedelta(minutes=timeout_minutes or _NEVER_MINUTES)
     place = take_place()
     if device_kind() == "cpu":
         torch.set_flush_denormal(True)  # before there are other threads; products of denormals take many times longer
@@ -37,11 +42,11 @@ def join_ranks() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not distributed.is_initialized():
         try:
-            distributed.init_process_group("nccl" if device_kind() == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+            distributed.init_process_group("nccl" if device_kind() == "cuda" else "gloo", timeout=_timeout)
         except distributed.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            raise ValueError(
+            raise UserError(
                 f"port {place.master_port} is in use, perhaps by another run on this machine: give the launcher another "
                 "one by --master_port (./run_pretrain.sh takes a free one by itself)"
             ) from None
@@ -52,31 +57,39 @@ def join_ranks() -> None:
         torch.set_num_threads(max(1, available_cores() // (place.local_size or 1)))
 
 
+def new_group(ranks: list[int]) -> Any:
+    """Return a new group of ranks with the timeout of `join_ranks`; torch's default would be that of the backend."""
+    return distributed.new_group(ranks, timeout=_timeout)
+
+
 def current_device() -> torch.device:
     """Return the device of this rank. Not a collective."""
     return torch.device("cuda", torch.cuda.current_device()) if device_kind() == "cuda" else torch.device("cpu")
 
 
 def rank() -> int:
-    """Return the number of this rank. Not a collective."""
-    return distributed.get_rank()
+    """Return the number of this rank; a process that has not joined others is rank 0 of 1. Not a collective."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
     """Return the number of ranks. Not a collective."""
-    return distributed.get_world_size()
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the elementwise sum over all ranks, in fp64 and on this rank's device."""
     total = values.to(current_device(), torch.float64, copy=True)
-    distributed.all_reduce(total)
+    if distributed.is_initialized():
+        distributed.all_reduce(total)
     return total
 
 
 def gather(value: Any) -> list[Any]:
     """Return every rank's value, in the order of the ranks, on every rank."""
     values: list[Any] = [None] * world_size()
+    if not distributed.is_initialized():
+        return [value]
     distributed.all_gather_object(values, value)
     return values
 
@@ -84,7 +97,8 @@ def gather(value: Any) -> list[Any]:
 def from_rank_0(value: Any) -> Any:
     """Return rank 0's value on every rank."""
     box = [value]
-    distributed.broadcast_object_list(box, src=0)
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 

@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
-from pretrain.checkpoint import checkpoints_folder
+from pretrain.checkpoint import checkpoints_by_step
 from pretrain.config import Inputs, check_inputs, make_parser
 from pretrain.launchers import slurm_port, tasks_per_node
 from pretrain.local_ranks import default_ranks, gpus_to_use
@@ -95,6 +97,8 @@ class Hosts:
         except (IndexError, ValueError):
             said = [line for line in done.stderr.splitlines() if line.strip()]
             return {"unreachable": said[-1] if said else f"exit status {done.returncode}"}
+        if request["kind"] == "look" and "values" not in answer:  # the probe itself failed
+            return {"unreachable": "; ".join(answer.get("faults", {}).values()) or "no answer"}
         return answer
 
 
@@ -138,7 +142,7 @@ def exported_environ() -> dict[str, str]:
     """What DeepSpeed's launcher takes along to the other hosts: the lines of .deepspeed_env, or of DS_ENV_FILE."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     found: dict[str, str] = {}
-    for path in (Path.home() / name, Path(name)):
+    for path in (Path(os.path.expanduser(f"~/{name}")), Path(name)):  # which is no file where there is no home
         if path.is_file():
             lines = (line.strip().partition("=") for line in path.read_text().splitlines())
             found |= {key: value for key, equals, value in lines if equals and not key.startswith("#")}
@@ -246,18 +250,30 @@ def _of_run(inputs: Inputs | None, args: Any) -> Iterator[Check]:
         return
     samples, needed = inputs.data.num_samples("train"), inputs.total_steps * inputs.batch_sizes.train_batch
     epochs = needed / max(1, samples)
+    masks, rates = inputs.data.masks, inputs.data.masks.rates_K
+    num_epochs = max(1, -(-inputs.schedule_samples // max(1, samples)))
     found = f"{needed} samples in {inputs.total_steps} steps, of {samples}: {epochs:.1f} epochs"
     if samples < inputs.batch_sizes.train_batch or epochs > _MAX_EPOCHS:
         remedy = f"more text, or fewer steps: from {_MAX_EPOCHS} epochs on a repeated text teaches next to nothing"
         yield Check("samples", "FAILED", found, remedy)
     elif epochs > inputs.data.num_mask_sets:
-        remedy = f"masks repeat after {inputs.data.num_mask_sets} epochs; `python -m data_prep remask` draws more sets"
+        remedy = (
+            f"masks repeat: there are {inputs.data.num_mask_sets} mask sets; `python -m data_prep remask` draws more"
+        )
+        yield Check("samples", "warning", found, remedy)
+    elif (
+        not masks.is_constant
+        and (last := int(masks.sets_of_epochs(np.array(num_epochs - 1), num_epochs))) < len(rates) - 1
+    ):
+        remedy = f"the mask rate ends at {rates[last]:g}, not {rates[-1]:g}: {num_epochs} epochs do not use all {len(rates)} mask sets"
+        if num_epochs > 1:
+            remedy += f"; `python -m data_prep remask --mask_sets {num_epochs}` makes one for each epoch"
         yield Check("samples", "warning", found, remedy)
     else:
         yield Check("samples", "ok", found)
     precision = inputs.deepspeed.allowed_precisions[-1]  # the widest, if the devices decide
     size = checkpoint_bytes(num_parameters(inputs.model), precision)
-    kept = len([*checkpoints_folder(args.run).glob("step*")])
+    kept = len(checkpoints_by_step(args.run))
     num_more = max(1, inputs.config.keep_last + 1 - kept)
     free = shutil.disk_usage(args.run).free
     is_enough = free >= num_more * size

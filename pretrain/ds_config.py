@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from data_prep.files import read_json
 from pretrain.device import Precision, Speeds
@@ -20,30 +22,123 @@ from pretrain.device import Precision, Speeds
 _ADAM_TYPES = ("adam", "adamw")
 _HALF_PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
 _BATCH_SIZE_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_ANY: frozenset[str] | None = None  # DeepSpeed's own schema of the section refuses unknown keys
 
-_SECTIONS: dict[str, frozenset[str] | None] = {
-    "optimizer": frozenset({"type", "params"}),
-    "optimizer.params": frozenset(
-        {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "bias_correction"}
-    ),
-    "scheduler": frozenset({"type", "params"}),
-    "scheduler.params": frozenset({
-        "warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps", "warmup_min_ratio",
-        "cos_min_ratio",
-    }),
-    "zero_optimization": _ANY, "fp16": _ANY, "bf16": _ANY, "tensorboard": _ANY, "wandb": _ANY, "csv_monitor": _ANY,
-    "comms_logger": _ANY,
-    "flops_profiler": frozenset({"enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"}),
-    "data_types": frozenset({"grad_accum_dtype"}),
-}  # fmt: skip
-_NUMBERS = frozenset({
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "prescale_gradients", "gradient_predivide_factor", "communication_data_type", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-})  # fmt: skip
-_TOP_LEVEL = _NUMBERS | {name for name in _SECTIONS if "." not in name}
+
+def _whole_number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or not 1 <= value <= 10**9:
+        raise ValueError("expected a whole number of at least 1")
+    return int(value)  # 5e5 is one, too
+
+
+def _adam(value: str) -> str:
+    if value.lower() not in _ADAM_TYPES:
+        raise ValueError("expected Adam or AdamW")
+    return value
+
+
+_Count = Annotated[int, BeforeValidator(_whole_number)]
+_Number = Annotated[float, Field(ge=0)]
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
+_Checked = dict[str, Any]  # an object whose keys DeepSpeed's own schema knows, and checks
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class _AdamParams(_Section):
+    lr: _Number = 0.0
+    betas: Annotated[list[_Fraction], Field(min_length=2, max_length=2)] = []
+    eps: _Number = 0.0
+    weight_decay: _Number = 0.0
+    adam_w_mode: bool = True
+    bias_correction: Literal[True] = True
+
+
+class _Optimizer(_Section):
+    type: Annotated[str, AfterValidator(_adam)]
+    params: _AdamParams
+
+
+class _Warmup(_Section):
+    warmup_min_lr: _Number = 0.0
+    warmup_max_lr: _Number = 0.0
+    warmup_num_steps: _Count = 1
+    warmup_type: Literal["log", "linear"] = "log"
+
+
+class _WarmupDecay(_Warmup):
+    total_num_steps: _Count
+
+
+class _WarmupCosine(_Section):
+    total_num_steps: _Count
+    warmup_min_ratio: _Number = 0.0
+    warmup_num_steps: _Count = 1
+    cos_min_ratio: _Number = 0.0
+    warmup_type: Literal["log", "linear"] = "log"
+
+
+class _WarmupSchedule(_Section):
+    type: Literal["WarmupLR"]
+    params: _Warmup
+
+
+class _WarmupDecaySchedule(_Section):
+    type: Literal["WarmupDecayLR"]
+    params: _WarmupDecay
+
+
+class _WarmupCosineSchedule(_Section):
+    type: Literal["WarmupCosineLR"]
+    params: _WarmupCosine
+
+
+class _FlopsProfiler(_Section):
+    enabled: bool = False
+    profile_step: _Count = 1
+    module_depth: int = -1
+    top_modules: _Count = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class _DataTypes(_Section):
+    grad_accum_dtype: str | None = None
+
+
+class _WithoutSchedule(_Section):
+    """The file of a program that decides the learning rate by itself."""
+
+    optimizer: _Optimizer
+    zero_optimization: _Checked = {}
+    fp16: _Checked = {}
+    bf16: _Checked = {}
+    gradient_clipping: _Number
+    train_batch_size: _Count = 1
+    train_micro_batch_size_per_gpu: _Count = 1
+    gradient_accumulation_steps: _Count = 1
+    tensorboard: _Checked = {}
+    wandb: _Checked = {}
+    csv_monitor: _Checked = {}
+    comms_logger: _Checked = {}
+    flops_profiler: _FlopsProfiler = _FlopsProfiler()
+    data_types: _DataTypes = _DataTypes()
+    prescale_gradients: bool = False
+    gradient_predivide_factor: _Number = 1.0
+    communication_data_type: str | None = None
+    steps_per_print: int | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+
+
+class _Recipe(_WithoutSchedule):
+    """What the file may say, as far as it is read here."""
+
+    scheduler: Annotated[_WarmupSchedule | _WarmupDecaySchedule | _WarmupCosineSchedule, Field(discriminator="type")]
 
 
 @dataclass(frozen=True)
@@ -66,7 +161,9 @@ class DeepSpeedConfig:
         Raises FileNotFoundError, or ValueError that lists every fault of the file.
         """
         if not path.is_file():
-            raise FileNotFoundError(2, "no such DeepSpeed configuration; ds_configs/ has some", str(path))
+            raise FileNotFoundError(
+                2, "no such DeepSpeed configuration (this program's folder ds_configs has some)", str(path)
+            )
         self.path = path
         self.values: dict[str, Any] = read_json(path)
         if not isinstance(self.values, dict):
@@ -140,17 +237,56 @@ class DeepSpeedConfig:
         return BatchSizes(train, micro, accumulation)
 
 
-def _faults(values: dict[str, Any]) -> list[str]:
-    faults = _unknown_keys("", values, _TOP_LEVEL)
-    for section, known in _SECTIONS.items():
-        content = _section(values, section)
-        if content is None:
-            continue
-        if not isinstance(content, dict):
-            faults.append(f"{section}: expected an object, found {content!r}")
-        elif known is not None:
-            faults += _unknown_keys(f"{section}.", content, known)
-    return faults or [*_batch_faults(values), *_recipe_faults(values), *_monitor_faults(values)]
+def _faults(values: dict[str, Any], recipe: type[_WithoutSchedule] = _Recipe) -> list[str]:
+    """Return what is wrong with the file; steps that it gives as 5e5 become whole numbers."""
+    try:
+        checked = recipe.model_validate(values)
+    except ValidationError as error:
+        return [_in_words(fault, recipe) for fault in error.errors()]
+    if isinstance(checked, _Recipe):
+        given = values["scheduler"]["params"]
+        given |= {key: value for key, value in checked.scheduler.params if key in given and key.endswith("_steps")}
+    values |= {key: getattr(checked, key) for key in _BATCH_SIZE_KEYS if key in values}
+    return [*_batch_faults(values), *_zero_faults(values), *_monitor_faults(values)]
+
+
+def _in_words(fault: Any, recipe: type[BaseModel]) -> str:
+    """Return a fault that pydantic found, with its key."""
+    schedules = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    path = [str(part) for part in fault["loc"] if part not in schedules]
+    key, found = ".".join(path), fault["input"]
+    match fault["type"]:
+        case "extra_forbidden":
+            known = _keys(recipe, [str(part) for part in fault["loc"][:-1]])
+            close = difflib.get_close_matches(path[-1], known, n=1)
+            hint = f" (did you mean {'.'.join([*path[:-1], close[0]])}?)" if close else ""
+            return f"unknown key {key}{hint}"
+        case "missing" if key == "gradient_clipping":
+            return (
+                "gradient_clipping is missing, and DeepSpeed would clip at 1.0; state it (the paper's recipe: 0.0, off)"
+            )
+        case "missing":
+            return f"{key} is missing"
+        case "union_tag_invalid" | "union_tag_not_found":
+            type_found = found.get("type")
+            close = difflib.get_close_matches(str(type_found), schedules, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            return f"{key}.type: expected {', '.join(schedules)}, found {type_found!r}{hint}"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return f"{key}: expected an object, found {found!r}"
+    text = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    return f"{key}: {text}, found {found!r}"
+
+
+def _keys(recipe: type[BaseModel], path: list[str]) -> Iterator[str]:
+    """Return the keys of a section."""
+    for schedule in (_Warmup, _WarmupDecay, _WarmupCosine):
+        if path[:1] == ["scheduler"] and path[1:2] == [f"{schedule.__name__.removeprefix('_')}LR"]:
+            return iter(schedule.model_fields if path[2:] else _WarmupSchedule.model_fields)
+    section: Any = recipe
+    for name in path:
+        section = section.model_fields[name].annotation
+    return iter(section.model_fields)
 
 
 def _decide(values: dict[str, Any], decided: Mapping[str, tuple[Any, str]]) -> list[str]:
@@ -158,7 +294,12 @@ def _decide(values: dict[str, Any], decided: Mapping[str, tuple[Any, str]]) -> l
     faults = []
     if "scheduler" in values:
         faults.append("scheduler: the learning rate is decided by the flags; leave the section out")
+    for outer in ("optimizer", "zero_optimization"):
+        if not isinstance(values.get(outer, {}), dict):
+            return [*faults, f"{outer}: expected an object, found {values[outer]!r}"]
     params = values.get("optimizer", {}).get("params", {})
+    if not isinstance(params, dict):
+        return [*faults, f"optimizer.params: expected an object, found {params!r}"]
     for name in sorted(params.keys() - {key.rpartition(".")[2] for key in decided}):
         faults.append(f"optimizer.params.{name}: decided by the program; leave it out")
     for key, (value, flag) in decided.items():
@@ -176,32 +317,13 @@ def _decide(values: dict[str, Any], decided: Mapping[str, tuple[Any, str]]) -> l
     if stage not in (1, 2):
         faults.append(f"zero_optimization.stage: expected 1 or 2, found {stage!r}")
     del values["train_batch_size"]
-    return faults or _faults(values | {"scheduler": {"type": "", "params": {}}})
-
-
-def _section(values: dict[str, Any], name: str) -> Any:
-    outer, _, inner = name.partition(".")
-    section = values.get(outer)
-    return section.get(inner) if inner and isinstance(section, dict) else None if inner else section
-
-
-def _unknown_keys(prefix: str, content: dict[str, Any], known: frozenset[str]) -> list[str]:
-    faults = []
-    for key in sorted(content.keys() - known):
-        close = difflib.get_close_matches(key, known, n=1)
-        faults.append(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{close[0]}?)" if close else ""))
-    return faults
+    return faults or _faults(values, _WithoutSchedule)
 
 
 def _batch_faults(values: dict[str, Any]) -> list[str]:
-    faults = [
-        f"{key}: expected a whole number of at least 1, found {values[key]!r}"
-        for key in _BATCH_SIZE_KEYS
-        if key in values and not (type(values[key]) is int and values[key] > 0)
-    ]
-    if not values.keys() & set(_BATCH_SIZE_KEYS[:2]):
-        faults.append(f"{' or '.join(_BATCH_SIZE_KEYS[:2])} is missing")
-    return faults
+    if values.keys() & set(_BATCH_SIZE_KEYS[:2]):
+        return []
+    return [f"{' or '.join(_BATCH_SIZE_KEYS[:2])} is missing"]
 
 
 def _monitor_faults(values: dict[str, Any]) -> list[str]:
@@ -213,25 +335,17 @@ def _monitor_faults(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def _recipe_faults(values: dict[str, Any]) -> list[str]:
-    faults = []
-    for section in ("optimizer", "scheduler"):
-        content = values.get(section, {})
-        if "type" not in content or not isinstance(content.get("params"), dict):
-            faults.append(f"{section}: expected an object with type and params")
-    if not faults and str(values["optimizer"]["type"]).lower() not in _ADAM_TYPES:
-        faults.append(f"optimizer.type: expected Adam or AdamW, found {values['optimizer']['type']!r}")
-    elif not faults and values["optimizer"]["params"].get("bias_correction", True) is not True:
-        faults.append("optimizer.params.bias_correction: expected true or no such key; Adam is made with it only")
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
+def _zero_faults(values: dict[str, Any]) -> list[str]:
+    zero, faults = values.get("zero_optimization", {}), []
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3) or isinstance(stage, (bool, float)):
         faults.append(f"zero_optimization.stage: expected 1, 2 or 3, found {stage!r}")
-    faults += _precision_faults(values, stage)
-    if "gradient_clipping" not in values:
+    if zero.get("elastic_checkpoint"):
         faults.append(
-            "gradient_clipping is missing, and DeepSpeed would clip at 1.0; state it (the paper's recipe: 0.0, off)"
+            "zero_optimization.elastic_checkpoint: leave it out; a run goes on at any number of ranks without it, and its "
+            "files could not be read"
         )
-    return faults
+    return faults + _precision_faults(values, stage)
 
 
 def _precision_faults(values: dict[str, Any], stage: Any) -> list[str]:

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime import compiler
 from pydantic import ValidationError
 from torch import nn
 
 from data_prep.console import describe_error
-from pretrain.distributed import current_device, gather, leave_ranks, rank, world_size
+from data_prep.errors import UserError
+from pretrain.distributed import current_device, gather, leave_ranks, new_group, rank, world_size
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
 from pretrain.layout import Layout
 from pretrain.model import PretrainingLosses, has_weight_decay
 from pretrain.partitions import MOMENTS, WEIGHT, Partitions
+
+
+def _import_muon_without_compiler() -> None:
+    """Import DeepSpeed's Muon optimizer so that it does not load torch's compiler.
+
+    `deepspeed.initialize` imports it, nothing here uses it, and the compiler takes two seconds of every start.
+    """
+    make_decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):  # of a version of DeepSpeed without it
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = make_decorator
+
+
+_import_muon_without_compiler()
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The attributes of DeepSpeed's dynamic loss scaler that change while it works. Its others are settings of the JSON."""
@@ -61,6 +85,20 @@ class SavedState(Protocol):
         """See Partitions."""
 
 
+class _Unstepped:
+    """The state of an engine that has done no step, as `SavedState`."""
+
+    num_updates, has_moments = 0, False
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, loss_scaler: dict[str, Any]) -> None:
+        """`dtype`: of the weights in training, from which DeepSpeed takes its fp32 ones."""
+        self.loss_scaler = loss_scaler
+        self._weights = {name: weight.detach().flatten().to(dtype).float() for name, weight in model.named_parameters()}
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        return self._weights[name][start:stop]
+
+
 _S = TypeVar("_S", bound=SavedState)
 
 
@@ -79,18 +117,21 @@ class Engine:
         self.batch_sizes: BatchSizes = config.batch_sizes(self.world_size)
         values = {**config.values, **_three_sizes(self.batch_sizes)}
         groups = groups or parameter_groups(model)
+        if config.offloads_optimizer:  # DeepSpeed then compiles its own, by programs that may be next to Python only
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         self._is_torch_optimizer = not config.offloads_optimizer
         optimizer = make_optimizer(groups, values.pop("optimizer")) if self._is_torch_optimizer else None
         # On CPUs, DeepSpeed's shared-memory collectives need a compiler and leak 69 MB a rank, for the same bits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+        TorchBackend.new_group = lambda self, ranks: new_group(list(ranks))  # for ZeRO's groups
         try:
             self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
                 model=model, model_parameters=groups, optimizer=optimizer, config=values
             )
         except ValidationError as error:
             faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{config.path}: {'; '.join(faults)}") from None
+            raise UserError(f"{config.path}: {'; '.join(faults)}") from None
         self.device = current_device()
         self.precision = config.precision
         self._is_fp16 = config.precision == "fp16"
@@ -100,6 +141,9 @@ class Engine:
             {key: value for key, value in group.items() if key not in ("params", "lr")}
             for group in self._optimizer.param_groups
         ]
+        self._initial_rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._initial_schedule = self._scheduler.state_dict() if self._scheduler else {}
+        self._initial_loss_scaler = self.loss_scaler_state
 
     @property
     def zero_stage(self) -> int:
@@ -251,6 +295,17 @@ class Engine:
         ):
             group.update(settings, lr=lr)
 
+    def reset(self, model: nn.Module) -> None:
+        """Begin anew with these weights, the initial ones again: as if no step had been done."""
+        self.restore(lambda: _Unstepped(model, next(self.module.parameters()).dtype, self._initial_loss_scaler))
+        self._scheduler.load_state_dict(self._initial_schedule)
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, name, 0)
+        for group, settings, lr in zip(
+            self._optimizer.param_groups, self._group_settings, self._initial_rates, strict=True
+        ):
+            group.update(settings, lr=lr)
+
     def restore(self, read: Callable[[], _S]) -> _S:
         """Take weights, Adam's state and loss scale from what `read` gives, and return it.
 
@@ -265,7 +320,7 @@ class Engine:
         except (OSError, ValueError) as error:
             failure = describe_error(error)
         if failure := next((failure for failure in gather(failure) if failure), None):
-            raise ValueError(failure)
+            raise UserError(failure)
         if self.zero_stage == 3:
             for sub_group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)

@@ -26,6 +26,7 @@ from data_prep.files import read_json, sync_directory, write_json, write_whole
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import SHARDS, Checkpoint, newest_whole, read_checkpoint
 from pretrain.model import PMLM, PMLMConfig
+from pretrain.order import Cursor
 from pretrain.partitions import Partitions
 
 FORMAT = "pmlm"
@@ -114,7 +115,7 @@ def read_run(run: Path, checkpoint: Path | None = None) -> StoredModel:
     weights = Partitions(found.folder / SHARDS).weights()
     return StoredModel(
         found.folder, PMLMConfig(**identity["model"]), {n: t for n, t in weights.items() if n != TIED}, tokenizer,
-        {"objective": identity["objective"], "trained_steps": found.step, "trained_samples": found.samples_consumed},
+        {"objective": identity["objective"], "trained_steps": found.step, "trained_samples": Cursor(identity["train_batch_size"], found.states["cursor"]).samples_consumed},
     )  # fmt: skip
 
 

@@ -1,31 +1,17 @@
-"""A guard against spikes and NaN: what is a fault, which samples are skipped for it, and what is kept of it for replay.
+"""A guard against spikes and NaN, which judges each step by the recent ones.
 
 A fault is a loss or a gradient norm above its recent band, or not finite, or an overflow at fp16's smallest loss scale.
-The run goes back to its last checkpoint and on behind the samples it has seen since, the *window*.
-
-    RUN/faults/step00000123/fault.json       reason, window, recent values, what the run is
-    RUN/faults/step00000123/samples.jsonl    a line a step of the window: the training samples' numbers and epochs
-    RUN/faults/step00000123/deepspeed.json   the DeepSpeed JSON, for `python -m pretrain.replay`
+What the run does about one: recovery.py.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import statistics
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from data_prep.files import sync_directory, write_json, write_whole
-
-FORMAT = "pmlm-fault"
-FAULT = "fault.json"
-SAMPLES = "samples.jsonl"
-DEEPSPEED = "deepspeed.json"
 _LEAST_STEPS = 20  # of the recent past, to know a band by
 _LEAST_DEVIATION = {"loss": 0.02, "gradient_norm": 0.15}  # in logarithms: where nothing moves, 2% of a loss is none
 _OF_A_NORMAL = 1.4826  # standard deviation / median absolute deviation
@@ -40,27 +26,6 @@ class StepValues:
     gradient_norm: float
 
 
-@dataclass(frozen=True)
-class Window:
-    """Samples that are skipped."""
-
-    first_sample: int
-    """Place in the run's order of samples."""
-    stop_sample: int
-    checkpoint_step: int
-    """The step after which the window began."""
-    fault: str
-    """Folder of the fault in RUN/faults."""
-
-
-def behind(place: int, skipped: Iterable[Window]) -> int:
-    """The place of the next sample: `place`, or the one behind the windows that begin there."""
-    stops = {window.first_sample: window.stop_sample for window in skipped}
-    while place in stops:
-        place = stops[place]
-    return place
-
-
 class Guard:
     """Judges steps by the recent ones."""
 
@@ -68,14 +33,14 @@ class Guard:
         self._deviations = spike_deviations
         self._recent: deque[StepValues] = deque(maxlen=spike_window_steps)
 
-    @property
-    def recent(self) -> list[list[float]]:
-        """The applied steps it judges by, to be restored after a restart."""
-        return [[values.step, values.loss, values.gradient_norm] for values in self._recent]
+    def state_dict(self) -> dict[str, Any]:
+        """Return the applied steps that it judges by, in JSON's types."""
+        return {"recent_steps": [[values.step, values.loss, values.gradient_norm] for values in self._recent]}
 
-    def restore(self, recent: Iterable[list[float]]) -> None:
-        """Judge by these steps alone."""
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Judge by these steps only; None: by none."""
         self._recent.clear()
+        recent = state["recent_steps"] if state else []
         self._recent.extend(StepValues(int(step), loss, norm) for step, loss, norm in recent)
 
     def fault_of(self, values: StepValues, *, is_overflow: bool, is_at_smallest_scale: bool) -> str | None:
@@ -106,33 +71,3 @@ class Guard:
             f"{name.replace('_', ' ')} {value:.4g} is above {math.exp(limit):.4g}, the band of the last {len(logs)} steps "
             f"around {math.exp(median):.4g}"
         )
-
-
-def faults_folder(run: Path) -> Path:
-    """Where a run keeps what is known of its faults."""
-    return run / "faults"
-
-
-def new_fault_name(run: Path, step: int) -> str:
-    """A folder's name that is free: a step may be at fault again after a rewind."""
-    names = [f"step{step:08d}", *(f"step{step:08d}-{number}" for number in range(2, 1000))]
-    return next(name for name in names if not (faults_folder(run) / name).exists())
-
-
-def write_fault(
-    run: Path, window: Window, about: dict[str, Any], deepspeed: dict[str, Any], samples: Iterable[str]
-) -> None:
-    """Keep a fault; whole or not at all."""
-    folder = faults_folder(run) / window.fault
-    unfinished = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        write_whole(unfinished / SAMPLES, "".join(f"{line}\n" for line in samples).encode())
-        write_json(unfinished / DEEPSPEED, deepspeed)
-        write_json(unfinished / FAULT, {"format": FORMAT, "version": 1, **about, "window": asdict(window)})
-        os.rename(unfinished, folder)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    sync_directory(folder.parent)

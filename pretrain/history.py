@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.tokenizer import MASK
 from pretrain.gpus import GPUS
-from pretrain.metrics import METRICS, read_records
+from pretrain.metrics import Records
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,12 @@ class History:
     not counted."""
 
     def __init__(self, run: Path) -> None:
-        """Raises FileNotFoundError where there are no records, ValueError where one cannot be read."""
-        if not (run / METRICS).is_file():
-            raise FileNotFoundError(
-                2, "no records of a run there; expected the folder given as --run", str(run / METRICS)
-            )
+        """Read a run's records. Raises FileNotFoundError where there are none."""
+        found = Records(run)
         self.run = run
-        self.records = read_records(run)
+        self.records = found.update()
+        self.damage = found.damage
+        """Which lines are damaged, in words, or None."""
         hours, elapsed_s, session_start, last = [], 0.0, None, 0.0
         for record in self.records:
             if record["kind"] == "start" or session_start is None:

@@ -12,8 +12,9 @@ import random
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ _NAMES = {
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 }
 _LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # DeepSpeed's, torchrun's, mpirun's
+_DEEPSPEED = ("deepspeed", "ds", "deepspeed.launcher.runner", "runner.py")
 _HERE = "127.0.0.1"
 _FIRST_PORT, _NUM_PORTS = 12000, 20000  # below those that the kernel gives to outgoing connections
 
@@ -85,6 +87,8 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
 
 def take_place() -> Place:
     """Return `find_place()`, written into the environment too, where torch and DeepSpeed look for it."""
+    if fault := hostfile_fault():
+        raise ValueError(fault)
     place = find_place()
     os.environ |= {
         "RANK": str(place.rank),
@@ -96,6 +100,37 @@ def take_place() -> Place:
     if place.local_size is not None:
         os.environ["LOCAL_SIZE"] = str(place.local_size)
     return place
+
+
+def hostfile_fault() -> str | None:
+    """Return what is wrong if the `deepspeed` command that started this rank was given a hostfile that is not there, or None.
+
+    DeepSpeed trains on this machine only then, with nothing but a warning.
+    """
+    for process in psutil.Process().parents():
+        try:
+            words, folder = process.cmdline(), Path(process.cwd())
+        except psutil.Error:
+            continue
+        if any(Path(word).name in _DEEPSPEED for word in words[:4]) and (given := hostfile_of(words)):
+            return (
+                None
+                if (folder / given).is_file()
+                else f"--hostfile {given}: no such file; expected lines as: node1 slots=8"
+            )
+    return None
+
+
+def hostfile_of(words: Sequence[str]) -> str | None:
+    """Return the hostfile among the words of a `deepspeed` command, or None; the words of the script do not count."""
+    for word, following in pairwise([*words, ""]):
+        if word in ("-H", "--hostfile"):
+            return following
+        if word.startswith("--hostfile="):
+            return word.partition("=")[2]
+        if word.endswith(".py") and Path(word).name not in _DEEPSPEED:
+            return None
+    return None
 
 
 def slurm_port(job: int) -> int:

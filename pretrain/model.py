@@ -36,6 +36,7 @@ _SIZES: dict[ModelSize, dict[str, float]] = {
     "base": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "intermediate_size": 3072},
     "large": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096},
 }
+_GREATEST = 10**9  # of all that is counted
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,21 @@ class PMLMConfig:
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions")
-        faults = [f"{name} is {getattr(self, name)}, expected at least 1" for name in counts if getattr(self, name) < 1]
+        faults = [
+            f"{name} is {getattr(self, name)}, expected at least 1 and at most {_GREATEST}"
+            for name in counts
+            if not 1 <= getattr(self, name) <= _GREATEST
+        ]
         if not faults and self.hidden_size % self.num_heads:
             faults.append(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout is {self.dropout}, expected 0 or more and less than 1")
-        if self.relative_buckets and (self.relative_buckets < 4 or self.relative_buckets % 4):
+        if not 0 < self.initializer_range <= 1:
+            faults.append(f"initializer_range is {self.initializer_range}, expected more than 0 and at most 1")
+        if self.relative_buckets % 4 or not 0 <= self.relative_buckets <= _GREATEST:
             faults.append(f"relative_buckets is {self.relative_buckets}, expected a multiple of 4, or 0 for no bias")
+        elif self.relative_max_distance > _GREATEST:
+            faults.append(f"relative_max_distance is {self.relative_max_distance}, expected at most {_GREATEST}")
         elif self.relative_buckets and self.relative_max_distance <= self.relative_buckets // 4:
             faults.append(
                 f"relative_max_distance is {self.relative_max_distance}, expected more than a quarter of relative_buckets"
@@ -202,10 +211,9 @@ class _Norm(torch.autograd.Function):
         d_vectors_NH, _, _ = torch.ops.aten.native_layer_norm_backward(
             d_result_NH, vectors_NH, weight_H.shape, mean_N1, inverse_std_N1, weight_H, bias_H, [True, False, False]
         )
-        normalized_NH = F.layer_norm(vectors_NH, weight_H.shape, eps=ctx.eps)
-        d_weight_H = torch.mul(d_result_NH, normalized_NH).sum(0, dtype=torch.float32)
-        d_bias_H = d_result_NH.sum(0, dtype=torch.float32)
-        return d_vectors_NH, d_weight_H.to(weight_H.dtype), d_bias_H.to(bias_H.dtype), None
+        # `sum` adds up in fp32 whatever it is given, and is faster in 16 bits than with dtype=torch.float32.
+        d_weight_H = F.layer_norm(vectors_NH, weight_H.shape, eps=ctx.eps).mul_(d_result_NH).sum(0)
+        return d_vectors_NH, d_weight_H.to(weight_H.dtype), d_result_NH.sum(0).to(bias_H.dtype), None
 
 
 class _Embedding(nn.Embedding):

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_prep.console import ArgumentParser, add_flags, flag_values, run_command
 from data_prep.files import write_whole
-from data_prep.masking import max_masked
+from data_prep.mask_settings import PAPER_MASKS, MaskSettings
 from data_prep.packing import NUM_SPECIAL_TOKENS
 from data_prep.shards import CHUNK_SAMPLES, DataSet, SampleBatch, concatenate
 from pretrain.attention import AttentionBackend, choose_backend
@@ -135,6 +135,11 @@ class Samples:
     typical: SampleBatch
     """Samples of which a step's operations and tokens are the mean."""
 
+    @property
+    def masks(self) -> MaskSettings:
+        """How the masks of the data set are drawn; the paper's where there is no data set."""
+        return self.data.masks if self.data else PAPER_MASKS
+
     @classmethod
     def of(cls, data: Path | None, max_length_tokens: int | None, vocab_size: int | None) -> Samples:
         """Raises ValueError for a data set that is not there, or together with numbers that it decides."""
@@ -149,13 +154,16 @@ class Samples:
             raise ValueError(f"{data}: has no training samples")
         num_chunks = -(-num_samples // CHUNK_SAMPLES)
         chunks = np.unique(np.linspace(0, num_chunks - 1, _MEASURED_CHUNKS).astype(int)).tolist()
-        typical = concatenate([found.read_chunk("train", chunk, 0) for chunk in chunks]).as_int64()
+        sets = np.arange(len(chunks)) * found.num_mask_sets // len(chunks)  # where their rates differ, all count
+        typical = concatenate(
+            [found.read_chunk("train", *c) for c in zip(chunks, sets.tolist(), strict=True)]
+        ).as_int64()
         return cls(found, found.max_length_tokens, found.tokenizer.vocab_size, found.tokenizer.mask_id, typical)
 
 
-def full_samples(number: int, length_tokens: int) -> SampleBatch:
-    """The longest samples there can be, of no meaning."""
-    num_masked = max_masked(length_tokens, NUM_SPECIAL_TOKENS)
+def full_samples(number: int, length_tokens: int, masks: MaskSettings = PAPER_MASKS) -> SampleBatch:
+    """The longest samples there can be, with most masked tokens, of no meaning."""
+    num_masked = masks.max_masked(length_tokens, NUM_SPECIAL_TOKENS)
     places_BP = np.tile(np.arange(1, num_masked + 1), (number, 1))
     zeros_BP, all_B = np.zeros_like(places_BP), np.ones(number, np.int64)
     return SampleBatch(
@@ -306,11 +314,11 @@ class _Planner:
     def memory(self, micro_batch: int, stage: int) -> Memory:
         """Of a GPU at the moment that needs most: at the head or in a layer of the backward pass, or in the update."""
         config, precision = self._config, self._recipe.precision
-        world_size, e = self._machines.world_size, number_bytes(precision)
+        world_size, e, samples = self._machines.world_size, number_bytes(precision), self._samples
         weights, gradients, optimizer = states(self._num_parameters, precision, stage, world_size)
         of_pass = passing(
-            config, self._layout(full_samples(micro_batch, self._samples.max_length_tokens)), precision, self._backend,
-            is_cuda=True, activation_checkpointing=self._args.activation_checkpointing,
+            config, self._layout(full_samples(micro_batch, samples.max_length_tokens, samples.masks)), precision,
+            self._backend, is_cuda=True, activation_checkpointing=self._args.activation_checkpointing,
         )  # fmt: skip
         buckets = self._bucket * e * (3 if self._overlaps else 2)  # one or two that fill, and the one that is sent
         buckets += min(self._num_parameters, _STAGE_3_GATHERED) * e if stage == 3 else 0
@@ -426,7 +434,7 @@ def describe(plan: Plan) -> Iterator[str]:
         f"{plan.tokens / 1e9:,.1f} billion tokens"
     )
     if plan.epochs is not None and plan.mask_sets is not None:
-        masks = f"; masks repeat after {plan.mask_sets}" if plan.epochs > plan.mask_sets else ""
+        masks = f"; masks repeat: there are {plan.mask_sets} mask sets" if plan.epochs > plan.mask_sets else ""
         yield f"data: {plan.epochs:,.1f} epochs{masks}"
     yield (
         f"disk: {plan.num_checkpoints} checkpoints and one being written, {plan.checkpoint_bytes / 1e9:.2f} GB each: "

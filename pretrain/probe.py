@@ -84,7 +84,7 @@ def code_hash() -> str:
         *REPOSITORY.glob("pretrain/**/*.py"),
     ]
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(file for file in files if file.is_file() and not file.name.startswith(".")):  # no editor's lock
         digest.update(f"{file.relative_to(REPOSITORY)} {sha256_of_file(file)}\n".encode())
     return digest.hexdigest()
 

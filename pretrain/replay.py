@@ -15,15 +15,16 @@ from typing import IO, Any
 import torch
 
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
-from data_prep.files import read_json, sha256_of_file
+from data_prep.files import sha256_of_file
 from data_prep.shards import DataSet, manifest_path
 from pretrain import distributed
 from pretrain.batches import SampleOrder, Share, TrainingBatches
-from pretrain.checkpoint import SHARDS, Checkpoint, checkpoints_folder, read_checkpoint
+from pretrain.checkpoint import SHARDS, Checkpoint, checkpoints_folder, folder_name, read_checkpoint
 from pretrain.ds_config import DeepSpeedConfig
-from pretrain.guard import DEEPSPEED, FAULT, Window, behind, faults_folder
+from pretrain.faults import DEEPSPEED, FAULT, faults_folder, read_fault
 from pretrain.layout import Objective
 from pretrain.model import PMLM, PMLMConfig
+from pretrain.order import Cursor
 
 _EXCERPT_CHARACTERS = 160
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comms_logger", "flops_profiler")
@@ -48,9 +49,9 @@ def replay(run: Path, fault: str, data: Path | None, num_samples: int, console: 
     if not (folder / FAULT).is_file():
         known = sorted(path.name for path in faults_folder(run).glob("step*"))
         raise ValueError(f"{folder}: no such fault; --fault takes the step of one of: {', '.join(known) or 'none'}")
-    about = read_json(folder / FAULT)
-    window = Window(**about["window"])
-    checkpoint = read_checkpoint(checkpoints_folder(run) / f"step{window.checkpoint_step:08d}")
+    about = read_fault(folder)
+    step = about["window"]["checkpoint_step"]
+    checkpoint = read_checkpoint(checkpoints_folder(run) / folder_name(step)) if step else None
     samples = DataSet(data or Path(about["data"]))
     if sha256_of_file(manifest_path(samples.folder)) != about["identity"]["data_sha256"]:
         raise ValueError(f"{samples.folder}: is not the data set of this run; name its folder by --data")
@@ -59,12 +60,17 @@ def replay(run: Path, fault: str, data: Path | None, num_samples: int, console: 
 
 def _folder_name(fault: str) -> str:
     step, dash, number = fault.partition("-")
-    return f"step{int(step):08d}{dash}{number}" if step.isdigit() else fault
+    return f"step{int(step):08d}{dash}{number}" if step.isdecimal() else fault
 
 
 def _replay(
-    about: dict[str, Any], checkpoint: Checkpoint, data: DataSet, config: DeepSpeedConfig, num_samples: int, console: IO[str]
-) -> None:  # fmt: skip
+    about: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    data: DataSet,
+    config: DeepSpeedConfig,
+    num_samples: int,
+    console: IO[str],
+) -> None:
     from pretrain.engine import Engine
     from pretrain.train import train_step
 
@@ -72,17 +78,21 @@ def _replay(
     identity, batch = about["identity"], about["identity"]["train_batch_size"]
     config.values = {key: value for key, value in config.values.items() if key not in _MONITORS}
     config.values.pop("gradient_accumulation_steps", None)
-    config.values |= {"train_batch_size": batch, "train_micro_batch_size_per_gpu": about["micro_batch"]}
+    config.values |= {"train_batch_size": batch, "train_micro_batch_size_per_gpu": about["batch_sizes"]["micro_batch"]}
+    torch.manual_seed(identity["seed"])  # of the initial weights, where there was no checkpoint to begin at
     model = PMLM(PMLMConfig(**identity["model"]), about["attention"], about["activation_checkpointing"])
     engine = Engine(model, config)
-    engine.load_shards(checkpoint.folder, SHARDS)
+    if checkpoint:
+        engine.load_shards(checkpoint.folder, SHARDS)
     sizes, objective = engine.batch_sizes, Objective(identity["objective"])
     share = Share(engine.rank, engine.world_size, sizes.micro_batch, sizes.accumulation_steps)
     one_each = Share(engine.rank, engine.world_size, 1, batch // engine.world_size)
-    batches, singles = (TrainingBatches(data, objective, s, identity["seed"]) for s in (share, one_each))
+    batches, singles = (
+        TrainingBatches(data, objective, of_rank, identity["seed"], total_samples=about["schedule_samples"])
+        for of_rank in (share, one_each)
+    )
     order = SampleOrder(data.num_samples("train"), identity["seed"])
-    skipped = [Window(**skipped) for skipped in about["skipped"]]
-    place = about["samples_consumed"]
+    cursor = Cursor(batch, about["cursor"])
 
     def say(line: str) -> None:
         if engine.rank == 0:
@@ -90,12 +100,12 @@ def _replay(
 
     say(f"step {about['step']}: {about['reason']}")
     while engine.steps < about["step"]:
-        place = behind(place, skipped)
-        losses = _sample_losses(engine, singles.step(place), order.samples(place, place + batch)[1], data)
-        micro_batches = batches.step(place)
+        positions = cursor.next()
+        samples = order.samples(positions.start, positions.stop)[1]
+        losses = _sample_losses(engine, singles.step(positions.start), samples, data)
+        micro_batches = batches.step(positions.start)
         num_targets = distributed.sum_over_ranks(torch.tensor([sum(m.num_targets for m in micro_batches)]))
         sums = distributed.sum_over_ranks(train_step(engine, micro_batches, num_targets, identity["seed"]))
-        place += batch
         loss = float(sums[0] + sums[1]) / float(num_targets[0])
         say(f"step {engine.steps}  loss {loss:.6f}  gradient norm {engine.gradient_norm:.6g}")
         for worst in sorted(losses, key=lambda sample: (sample.loss == sample.loss, -sample.loss))[:num_samples]:

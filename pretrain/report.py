@@ -284,6 +284,7 @@ def _note(histories: list[History], charts: list[Chart]) -> str:
             f"Of up to {most:,} training records, in {_STRETCHES} stretches, a curve shows the median of each, and the band around "
             "it the least and the greatest, so that no spike is lost."
         )
+    notes += [f"{html.escape(history.damage)}." for history in histories if history.damage]
     return " ".join(notes)
 
 

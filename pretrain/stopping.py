@@ -1,6 +1,6 @@
 """When to end a run before its last step: a signal, --max_hours, or a launcher that is gone.
 
-A rank only notes what it was asked; the ranks agree by adding up their votes, see `Trainer.run`.
+A rank only notes what it was asked; the ranks agree by adding up their votes, before each step and each batch of a validation.
 """
 
 from __future__ import annotations
@@ -60,13 +60,9 @@ class Stopping:
         os.close(self._reader)
         os.close(self._writer)
 
-    @property
-    def is_asked(self) -> bool:
-        """Whether this rank has a reason to end; the others may not know yet."""
-        return bool(self._asked)
-
     def vote(self) -> list[float]:
-        """A number for each of REASONS: 1 where this rank has it."""
+        """Return a number for each of REASONS: 1 where this rank has it. The other ranks may not know yet, so that nothing
+        may follow from it before it has been summed over them."""
         return [float(reason in self._asked) for reason in REASONS]
 
     def _listen(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def summary(run: Path) -> str:
     lines = [
         "",
         f"checkpoints  {checkpoints_folder(run)}",
-        f"metrics      {run / METRICS}; charts: tensorboard --logdir {run / 'tensorboard'}",
+        f"metrics      {run / METRICS}; charts: {shlex.join(['tensorboard', '--logdir', str(run / 'tensorboard')])}",
         f"logs         {run / 'logs'}",
     ]
     for name, of_kind in (("training", trained), ("validation", validated)):
@@ -27,8 +28,9 @@ def summary(run: Path) -> str:
     if trained:
         speed = statistics.median(r["tokens_per_s"] for r in trained)
         lines.append(f"speed        {speed:,.0f} tokens/s (median)")
-    lines.append(f"report       python -m pretrain.report {run}")
-    lines.append(f"next         python -m pretrain.export --run {run} --output {run / 'export'}")
+    lines.append(f"report       {shlex.join(['python', '-m', 'pretrain.report', str(run)])}")
+    export = ["python", "-m", "pretrain.export", "--run", str(run), "--output", str(run / "export")]
+    lines.append(f"next         {shlex.join(export)}")
     return "\n".join(lines)
 
 

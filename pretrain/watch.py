@@ -6,9 +6,7 @@ Ctrl-C: 0 nothing is wrong, 1 something is, 2 cannot be told.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -21,7 +19,7 @@ from typing import Any
 import orjson
 
 from data_prep.console import USER_ERROR_STATUS, ArgumentParser, describe_error
-from pretrain.metrics import METRICS
+from pretrain.metrics import METRICS, Records
 
 UNHEALTHY_STATUS = 1
 _RECENT = 50  # training records that speed and loss scale are judged by
@@ -58,36 +56,6 @@ class View:
     def has_ended(self) -> bool:
         """Whether no more is to come."""
         return self.state in ("stopped", "finished")
-
-
-class Records:
-    """The records of a run as they are written; what was read is not read again."""
-
-    def __init__(self, run: Path) -> None:
-        self._path = run / METRICS
-        self._identity: tuple[int, int] | None = None
-        self._read_bytes = 0
-        self.records: list[dict[str, Any]] = []
-
-    def update(self) -> list[dict[str, Any]]:
-        """All records there are now. Raises FileNotFoundError where there is no run."""
-        try:
-            file = open(self._path, "rb")  # noqa: SIM115
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                2, "no records of a run there; expected the folder given as --run", str(self._path)
-            ) from None
-        with file:
-            status = os.fstat(file.fileno())
-            identity = (status.st_dev, status.st_ino)
-            if identity != self._identity or status.st_size < self._read_bytes:  # written anew, by a restart
-                self._identity, self._read_bytes, self.records = identity, 0, []
-            file.seek(self._read_bytes)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read_bytes += len(whole)
-        self.records += [json.loads(line) for line in whole.splitlines()]
-        return self.records
 
 
 def look(run: Path, records: list[dict[str, Any]], now: float) -> View:
@@ -215,6 +183,7 @@ def main() -> int:
     try:
         while True:
             view = look(args.run, records.update(), time.time())
+            view.faults += [records.damage] if records.damage else []
             status = UNHEALTHY_STATUS if view.faults else 0
             text = orjson.dumps(asdict(view)).decode() if args.json else describe(args.run, view)
             up = f"\x1b[{num_lines}F\x1b[J" if is_terminal and num_lines else ""

@@ -26,8 +26,8 @@ from benchmarks.text import make_data, make_tokenizer
 from data_prep.parameters import BuildParameters
 
 LONGEST_FIRST = (
-    "test_readme.py", "test_run.py", "test_restart.py", "test_launching.py", "test_slurm.py", "test_doctor.py", "test_engine.py", "test_export.py",
-    "test_mpi.py", "test_command_line.py", "test_execution.py",
+    "test_readme.py", "test_study.py", "test_run.py", "test_slurm.py", "test_stopping.py", "test_launching.py", "test_elastic.py",
+    "test_guard.py", "test_engine.py", "test_watchdog.py", "test_classify.py", "test_seq2seq.py", "test_restart.py", "test_export.py",
 )  # fmt: skip
 
 HEAVY_FIXTURES = {"browser", "slurm", "two_hosts"}
@@ -115,15 +115,16 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content, num_sizes = re.subn("(?m)^VOCAB_SIZE = .*$", "VOCAB_SIZE = 600", content)
     assert num_steps == num_sizes == 1
     plan.write_text(content)
-    _make_corpora(folder / "data" / "corpora")
+    made = _make_corpora(folder / "data" / "corpora")
+    (folder / "benchmarks" / "corpora" / "sha256.json").write_text(json.dumps(made))
     (folder / "my_texts").mkdir()
     for chapter in sorted((REPOSITORY / "sample_corpus" / "pride_and_prejudice").glob("*.txt"))[:40]:
         shutil.copy2(chapter, folder / "my_texts")
     return folder
 
 
-def _make_corpora(output: Path) -> None:
-    """What the README's study needs, as benchmarks.corpora makes it, but of paragraphs of a novel."""
+def _make_corpora(output: Path) -> dict[str, str]:
+    """Make what the README's study needs, as benchmarks.corpora does, but of paragraphs of a novel; return its files' hashes."""
     from benchmarks.corpora.output import make_entry
     from benchmarks.corpora.registry import ENTRIES
     from benchmarks.study.plan import TEXTS, WRITING
@@ -138,8 +139,12 @@ def _make_corpora(output: Path) -> None:
         for part, of_part in parts.items()
     }
     rows[WRITING] = {part: [(text, text.split()[0]) for text in of_part] for part, of_part in parts.items()}
+    hashes = {}
     for name, made in rows.items():
-        make_entry(replace(ENTRIES[name], make=lambda _, made=made: made), output, output)
+        entry = replace(ENTRIES[name], make=lambda _, made=made: made)
+        files = make_entry(entry, output, output, any_version=True)["files"]
+        hashes |= {file: about["sha256"] for file, about in files.items()}
+    return hashes
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +161,6 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forking_ranks() -> Iterator[Ranks]:
     """Four processes that fork into the ranks of runs of one to four ranks: `forking_ranks(function, *arguments)`."""
-    ranks = Ranks(4, timeout_s=1200, is_joined=False)
+    ranks = Ranks(4, is_joined=False)
     yield ranks
     ranks.end()

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
-from support import free_port
+from support import PATIENCE_S, free_port
 
 
 class Ranks:
@@ -22,7 +22,7 @@ class Ranks:
     joined each other already (`pretrain.distributed.join_ranks`).
     """
 
-    def __init__(self, world_size: int, timeout_s: float = 300, *, is_joined: bool = True) -> None:
+    def __init__(self, world_size: int, timeout_s: float = 2 * PATIENCE_S, *, is_joined: bool = True) -> None:
         """Without `is_joined` they have only imported what training needs, for functions that call `in_child`."""
         self._world_size, self._timeout_s, self._is_joined = world_size, timeout_s, is_joined
         self._ranks: list[tuple[Any, Connection]] = []
@@ -78,14 +78,12 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, is_joi
     }  # fmt: skip
     from any_precision import allow_every_precision
 
-    from pretrain import train  # noqa: F401 (what training needs)
+    from pretrain import train  # noqa: F401 (what training needs: loaded once, not in each child)
     from pretrain.distributed import join_ranks
 
     allow_every_precision()
     if is_joined:
         join_ranks()
-    else:  # what takes seconds is loaded once, not in each child
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (DeepSpeed's engine does)
     while True:
         function, arguments = connection.recv()
         try:

@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from support import environment, free_port
-
-_PATIENCE_S = 30.0
+from support import PATIENCE_S, environment, free_port
 
 
 @contextmanager
@@ -63,7 +61,7 @@ def start_slurm(folder: Path, num_nodes: int = 1, cores_per_node: int = 2) -> It
         return asked.stdout.strip()
 
     def wait_until(is_so: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         while not is_so():
             is_late = time.monotonic() > deadline or any(daemon.poll() is not None for daemon in daemons)
             assert not is_late, f"{what}:\n" + "\n".join(log.read_text() for log in folder.glob("*.log"))

@@ -18,8 +18,9 @@ import psutil
 import sentencepiece
 
 from data_prep.files import write_manifest
+from data_prep.mask_settings import PAPER_MASKS
 from data_prep.masking import draw_masks
-from data_prep.packing import Texts, assemble, cut_into_texts
+from data_prep.packing import NUM_SPECIAL_TOKENS, Texts, assemble, cut_into_texts
 from data_prep.shards import SampleBatch, batch_of
 from pretrain.checkpoint import FORMAT, VERSION
 
@@ -32,6 +33,8 @@ RECIPES = [path for path in DEEPSPEED_CONFIGS if "finetune" not in path.name]
 RUN_IN_ANY_PRECISION = str(REPOSITORY / "tests" / "any_precision.py")
 """run_pretrain.py, for a CPU without fp16 arithmetic too."""
 HOSTFILE_COMMAND = "deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds_configs/zero2.json"
+PATIENCE_S = 600.0
+"""After so long a test takes a process for one that hangs; no machine is so slow."""
 PAD, UNK, SOS, EOS, MASK = range(5)
 VOCAB_SIZE = 50
 
@@ -50,10 +53,11 @@ def random_batch(num_samples: int, max_length: int = 40, seed: int = 0, min_leng
     ]
     samples = assemble(texts_of(texts), seed=seed, first_sample=0, sos_id=SOS, eos_id=EOS)
     masks = draw_masks(
-        samples, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK, mask_sets=1, seed=seed,
+        samples, PAPER_MASKS, special_ids=np.arange(5), normal_ids=np.arange(5, VOCAB_SIZE), mask_id=MASK, seed=seed,
         first_sample=0,
     )  # fmt: skip
-    return batch_of(samples, masks.num_masked_B, masks.places_KM[0], max_length, PAD)
+    most_masked = PAPER_MASKS.max_masked(max_length, NUM_SPECIAL_TOKENS)
+    return batch_of(samples, masks.num_masked_KB[0], masks.places_K[0], max_length, most_masked, PAD)
 
 
 def texts_of(texts: Sequence[np.ndarray]) -> Texts:
@@ -95,7 +99,8 @@ def make_checkpoint(run: Path, step: int) -> Path:
     for name in ("shards/mp_rank_00_model_states.pt", "shards/zero_pp_rank_0_mp_rank_00_optim_states.pt"):
         (folder / name).write_bytes(content)
         files[name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    values = {"step": step, "samples_consumed": 32 * step, "files": files}
+    states = {"cursor": {"samples_consumed": 32 * step, "skipped": []}}
+    values = {"step": step, "states": states, "files": files}
     write_manifest(folder / "manifest.json", FORMAT, VERSION, values)
     return folder
 
@@ -130,7 +135,7 @@ def kill_left_processes(test: str | None = None) -> None:
 
 
 def run_command(
-    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = 300, **changes: str
+    command: list[str], cwd: Path = REPOSITORY, timeout_s: float = PATIENCE_S, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr are captured as text."""
     return subprocess.run(
@@ -141,7 +146,7 @@ def run_command(
 def run_in_shell(command: str, folder: Path) -> str:
     """A command line that must succeed, as a user types it; its stdout and stderr, together."""
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), text=True, timeout=300, check=False, executable="/bin/bash",
+        command, shell=True, cwd=folder, env=environment(), text=True, timeout=PATIENCE_S, check=False, executable="/bin/bash",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
@@ -149,7 +154,9 @@ def run_in_shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def run_as_ranks(world_size: int, command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run_as_ranks(
+    world_size: int, command: list[str], timeout_s: float = PATIENCE_S
+) -> subprocess.CompletedProcess[str]:
     """Run a Python script as the ranks of a run, without a launcher; all their stderr is in the result."""
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

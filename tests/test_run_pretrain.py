@@ -98,7 +98,7 @@ def test_flags_of_run_pretrain_are_checked_before_the_data_are_made(pretrain: Ca
     assert done.returncode == 2
     assert asked[0] == "setup"
     assert asked[-1].startswith("run_pretrain.py ")
-    assert asked[-1].endswith(" --moddel tiny --check_for_ranks 2")
+    assert asked[-1].endswith(" --moddel tiny --check_for_ranks 2 --check_for_tokens 128")
     assert not any("data_prep" in line for line in asked)
 
 
@@ -121,7 +121,7 @@ def test_every_flag_goes_where_it_belongs(pretrain: Callable[..., Result], equal
     assert asked == [
         "setup",
         "-m pretrain.local_ranks --count --ranks 3 --master_port 1234",
-        f"{training} --check_for_ranks 3",
+        f"{training} --check_for_ranks 3 --check_for_tokens 64",
         f"-m data_prep train-tokenizer {reading} --tokenizer data/mine-90.model --vocab_size 90",
         f"-m data_prep build {reading} --tokenizer data/mine-90.model --data data/mine --max_length_tokens 64 --mask_sets 2",
         f"-m pretrain.local_ranks --ranks 3 --master_port 1234 {training}",

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import environment, free_port
+from support import PATIENCE_S, REPOSITORY, environment, free_port
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
 
@@ -40,7 +40,7 @@ class TwoHosts:
         (folder / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\n")
         env = self.environment() | {"DS_ENV_FILE": str(folder / ".deepspeed_env")}
         done = subprocess.run(
-            command, shell=True, cwd=cwd or folder, env=env, text=True, timeout=300, check=False,
+            command, shell=True, cwd=cwd or folder, env=env, text=True, timeout=PATIENCE_S, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.stdout
@@ -86,6 +86,59 @@ def second_host(mounts: Iterable[list[str]] = ()) -> str:
     """What the sshd runs for a command on the second host."""
     command = 'exec sh -c "$SSH_ORIGINAL_COMMAND"'
     return f"#!/bin/sh\n{f'exec {shlex.join(in_namespace(mounts, command))}' if mounts else command}\n"
+
+
+_BY_HAND = """
+mount --bind "$1" /etc/hosts
+shift
+hostname hosta
+unshare --net --uts sh -c 'hostname hostb; exec sleep infinity' &
+peer=$!
+trap 'kill $peer' EXIT
+until [ "$(readlink /proc/$peer/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+ip link add here type veth peer name there
+ip link set there netns $peer
+there="nsenter --target $peer --net --uts"
+ip link set lo up; ip addr add 10.9.0.1/24 dev here; ip link set here up
+$there ip link set lo up; $there ip addr add 10.9.0.2/24 dev there; $there ip link set there up
+RANK=1 $there "$@" &
+second=$!
+RANK=0 "$@"
+wait $second
+"""
+
+
+def run_on_two_networks(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `command` at once as rank 0 of a host `hosta` and as rank 1 of `hostb`, which share files and a network only.
+
+    Nobody but these variables tells them of each other, and no loopback address leads from one to the other.
+    """
+    (folder / "hosts_file").write_text("127.0.0.1 localhost\n10.9.0.1 hosta\n10.9.0.2 hostb\n")
+    rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    words = [
+        "unshare",
+        *rights,
+        "--net",
+        "--uts",
+        "--mount",
+        "sh",
+        "-ec",
+        _BY_HAND,
+        "sh",
+        str(folder / "hosts_file"),
+        *command,
+    ]
+    env = environment(WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="hosta", MASTER_PORT="29500", **variables)
+    return subprocess.run(
+        words,
+        cwd=REPOSITORY,
+        env=env,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def start_two_hosts(folder: Path) -> Iterator[TwoHosts]:

@@ -2,7 +2,7 @@
 
 Text for pre-training goes to OUTPUT/text/NAME.jsonl, labelled data to OUTPUT/tasks/NAME/. Without names, everything
 under a free licence is made; what is for local use only is made when it is named. What is there already stays.
-Needs apt (Debian or Ubuntu) and pip; installs nothing.
+The same versions of the packages are taken every time and give the same bytes. Needs apt (Debian 12) and pip; installs nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show what there is, with licences, and make nothing")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--update", action="store_true", help="first run apt-get update, which needs root")
+    parser.add_argument(
+        "--any_version",
+        action="store_true",
+        help="take what this machine's Debian offers where it is another version than the figures were measured on",
+    )
     args = parser.parse_args()
     return run_command(lambda: _run(args), parser.prog)
 
@@ -35,10 +40,10 @@ def _run(args: Any) -> None:
     if args.list:
         _print_list(entries if args.names else list(ENTRIES.values()), as_json=args.json)
         return
-    if args.update and left_to_make(entries, args.output):
+    if args.update and left_to_make(entries, args.output, any_version=args.any_version):
         update_lists()
     args.output.mkdir(parents=True, exist_ok=True)
-    failures = make_all(entries, args.output, args.output / ".cache", _bar)
+    failures = make_all(entries, args.output, args.output / ".cache", _bar, any_version=args.any_version)
     made = read_entries(args.output)
     _print_made({entry.name: made[entry.name] for entry in entries if entry.name in made}, as_json=args.json)
     if failures:
@@ -59,12 +64,16 @@ def _bar(entries: list[Entry]) -> Any:
 def _print_list(entries: list[Entry], *, as_json: bool) -> None:
     rows = [
         {
-            "name": entry.name, "kind": entry.kind.value, "about": entry.about,
-            "packages": [str(package) for package in entry.packages], "licence": entry.licence,
-            "use": "free" if entry.is_free else "local use only", "size_bytes": entry.size_bytes,
+            "name": entry.name,
+            "kind": entry.kind.value,
+            "about": entry.about,
+            "packages": [str(package) for package in entry.packages],
+            "licence": entry.licence,
+            "use": "free" if entry.is_free else "local use only",
+            "size_bytes": entry.size_bytes,
         }
         for entry in entries
-    ]  # fmt: skip
+    ]
     if as_json:
         print(json.dumps(rows, indent=1))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 from benchmarks.corpora.markup import one_line
 from benchmarks.corpora.packages import Shelf
-from benchmarks.corpora.registry import ENTRIES, Entry, Kind
+from benchmarks.corpora.registry import ENTRIES, SHA256, Entry, Kind
 from benchmarks.corpora.tasks import Paragraphs, Splits
 from benchmarks.corpora.texts import Document
 from data_prep.files import read_manifest, sha256_of_file, write_manifest, write_whole
@@ -19,7 +20,6 @@ _FORMAT, _VERSION = "pmlm-corpora", 1
 _MIN_WORDS = 8
 _HEADERS = {
     Kind.CLASSIFICATION: ("label", "text"),
-    Kind.REGRESSION: ("score", "text"),
     Kind.PAIRS: ("label", "text_a", "text_b"),
 }
 
@@ -38,23 +38,36 @@ def is_made(output: Path, made: dict[str, Any] | None) -> bool:
     )
 
 
-def make_entry(entry: Entry, output: Path, cache: Path) -> dict[str, Any]:
-    """Make an entry's files, then note it in the manifest; returns what was noted."""
-    shelf = Shelf(cache)
+def make_entry(entry: Entry, output: Path, cache: Path, *, any_version: bool = False) -> dict[str, Any]:
+    """Make an entry's files, then note it in the manifest; returns what was noted.
+
+    Raises ValueError if a file is not, byte by byte, what it was when its figures were measured; with `any_version` it may be
+    another, made of the versions of the packages that there are.
+    """
+    shelf = Shelf(cache, any_version=any_version)
     files = {name: _content_of(entry.kind, rows) for name, rows in _rows_of(entry, shelf).items()}
+    for name, (content, _, _) in files.items():
+        found = hashlib.sha256(content).hexdigest()
+        if found != SHA256.get(name) and not any_version:
+            versions = ", ".join(f"{package} {version}" for package, version in shelf.versions.items())
+            raise ValueError(
+                f"{name}, made of {versions}, is another text than is expected (SHA-256 {found[:12]}, expected "
+                f"{SHA256.get(name, 'none')[:12]}); with --any_version it is taken"
+            )
     counts = {}
     for name, (content, documents, words) in files.items():
         path = output / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
-        counts[name] = {
-            "documents": documents, "words": words, "bytes": len(content), "sha256": sha256_of_file(path)
-        }  # fmt: skip
+        counts[name] = {"documents": documents, "words": words, "bytes": len(content), "sha256": sha256_of_file(path)}
     made = {
-        "kind": entry.kind.value, "licence": entry.licence, "is_free": entry.is_free, "packages": shelf.versions,
+        "kind": entry.kind.value,
+        "licence": entry.licence,
+        "is_free": entry.is_free,
+        "packages": shelf.versions,
         **{total: sum(cast(int, file[total]) for file in counts.values()) for total in ("documents", "words", "bytes")},
         "files": counts,
-    }  # fmt: skip
+    }
     entries = {**read_entries(output), entry.name: made}
     write_manifest(output / MANIFEST, _FORMAT, _VERSION, {"entries": {n: entries[n] for n in ENTRIES if n in entries}})
     return made
@@ -75,9 +88,7 @@ def _content_of(kind: Kind, rows: Any) -> tuple[bytes, int, int]:
     if kind is Kind.QA:
         content = {"version": "v2.0", "data": [{"title": "", "paragraphs": rows}]}
         words = sum(len(paragraph["context"].split()) for paragraph in rows)
-        return (
-            (json.dumps(content, ensure_ascii=False) + "\n").encode(), sum(len(p["qas"]) for p in rows), words
-        )  # fmt: skip
+        return ((json.dumps(content, ensure_ascii=False) + "\n").encode(), sum(len(p["qas"]) for p in rows), words)
     if kind is Kind.TEXT:
         texts = list(clean_documents(rows))
         lines, words = (_json_line(text=text) for text in texts), sum(len(text.split()) for text in texts)
@@ -110,17 +121,22 @@ def clean_documents(documents: Iterable[Document]) -> Iterator[str]:
             yield text
 
 
-def left_to_make(entries: list[Entry], output: Path) -> list[Entry]:
-    """Those whose files are not there, or not whole."""
+def left_to_make(entries: list[Entry], output: Path, *, any_version: bool = False) -> list[Entry]:
+    """Those whose files are not there, not whole, or not those that are expected."""
     made = read_entries(output)
-    return [entry for entry in entries if not is_made(output, made.get(entry.name))]
+    return [
+        entry
+        for entry in entries
+        if not is_made(output, made.get(entry.name))
+        or not (any_version or all(SHA256.get(n) == f["sha256"] for n, f in made[entry.name]["files"].items()))
+    ]
 
 
 def make_all(
-    entries: list[Entry], output: Path, cache: Path, bar: Callable[[list[Entry]], Any]
+    entries: list[Entry], output: Path, cache: Path, bar: Callable[[list[Entry]], Any], *, any_version: bool = False
 ) -> dict[str, list[str]]:
     """Make what is not there yet; returns the errors, each with the entries that could not be made for it."""
-    todo = left_to_make(entries, output)
+    todo = left_to_make(entries, output, any_version=any_version)
     failures: dict[str, list[str]] = {}
     if not todo:
         return failures
@@ -128,7 +144,7 @@ def make_all(
         for entry in todo:
             progress.set_description(entry.name)
             try:
-                make_entry(entry, output, cache)
+                make_entry(entry, output, cache, any_version=any_version)
             except (ValueError, OSError) as error:
                 failures.setdefault(str(error), []).append(entry.name)
             progress.update(entry.size_bytes)

@@ -20,18 +20,19 @@ from urllib.parse import unquote
 from data_prep.files import write_whole
 
 UPDATE_COMMAND = ("apt-get", "update", "-o", "Acquire::Languages=en")
+_CAT_FILE = ("/usr/lib/apt/apt-helper", "cat-file")
 _ENGLISH = ("-o", "Acquire::Languages=en")
 
 
 @dataclass(frozen=True)
 class Debian:
-    """A Debian package; `pattern` finds one whose name holds a version, which differs from release to release."""
+    """A version of a Debian package."""
 
     name: str
-    pattern: str = ""
+    version: str
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.name}={self.version}"
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,13 @@ class Pip:
 
 @dataclass(frozen=True)
 class DebianLists:
-    """Debian's package lists: the descriptions in English, and the section of each package."""
+    """The descriptions of a release's packages in English; updates that come between two point releases are no part of them."""
+
+    codename: str
+    version: str
 
     def __str__(self) -> str:
-        return "Debian package lists"
+        return f"package lists of Debian {self.version} ({self.codename}), main"
 
 
 Package = Debian | Pip | DebianLists
@@ -60,8 +64,9 @@ Package = Debian | Pip | DebianLists
 class Shelf:
     """The cache folder; remembers the version of each package that was read."""
 
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
+    def __init__(self, cache: Path, *, any_version: bool = False) -> None:
+        """`any_version`: take what this machine's Debian offers where it is not the version that is asked for."""
+        self._cache, self._any_version = cache, any_version
         self.versions: dict[str, str] = {}
 
     def read(self, package: Debian | Pip, pattern: str) -> dict[str, bytes]:
@@ -72,32 +77,29 @@ class Shelf:
             raise ValueError(f"{path.name}: holds no file like {pattern}; is this another version than expected?")
         return found
 
-    def descriptions(self) -> str:
-        """Debian's descriptions in English, as control stanzas."""
-        return self._lists("Translations")
-
-    def package_lists(self) -> str:
-        """Debian's lists of packages, as control stanzas."""
-        return self._lists("Packages")
+    def descriptions(self, lists: DebianLists) -> str:
+        """Descriptions in English, as control stanzas. Raises ValueError where apt has the lists of another release."""
+        path = self._cache / "apt" / f"{lists.codename}-{lists.version}"
+        if not path.exists() or self._any_version:
+            found, files = _list_files()
+            if found != lists and not self._any_version:
+                raise ValueError(
+                    f"apt has the {found}, expected the {lists}; with --any_version other text is made of them, whose figures "
+                    "are others than those of the documentation"
+                )
+            path = path.with_name(f"{found.codename}-{found.version}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, _output(*_CAT_FILE, *files))
+        self.versions["Debian package lists"] = path.name
+        return path.read_text(encoding="utf-8", errors="replace")
 
     def _fetched(self, package: Debian | Pip) -> Path:
-        path = _fetch_debian(package, self._cache) if isinstance(package, Debian) else _fetch_pip(package, self._cache)
-        if isinstance(package, Debian):
-            name, version, _ = unquote(path.stem).split("_")
-            self.versions[name] = version
-        else:
+        if isinstance(package, Pip):
             self.versions[package.name] = package.version
+            return _fetch_pip(package, self._cache)
+        path = _fetch_debian(package, self._cache, self._any_version)
+        self.versions[package.name] = unquote(path.stem).split("_")[1]
         return path
-
-    def _lists(self, kind: str) -> str:
-        path = self._cache / "apt" / kind
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _output("/usr/lib/apt/apt-helper", "cat-file", *_list_files(kind)))
-            release = _output("apt-get", "indextargets", "--format", "$(CODENAME)", "Created-By: Packages")
-            write_whole(path.with_name("release"), release.split(b"\n")[0])
-        self.versions[str(DebianLists())] = path.with_name("release").read_text().strip()
-        return path.read_text(encoding="utf-8", errors="replace")
 
 
 def update_lists() -> None:
@@ -157,32 +159,43 @@ def read_inner_archive(content: bytes, pattern: str) -> dict[str, bytes]:
     return read_archive(io.BytesIO(content), pattern)
 
 
-def _fetch_debian(package: Debian, cache: Path) -> Path:
+def _fetch_debian(package: Debian, cache: Path, any_version: bool) -> Path:
     folder = cache / "deb"
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = re.compile(package.pattern or re.escape(package.name))
-    held = [path for path in folder.glob("*.deb") if wanted.fullmatch(path.name.partition("_")[0])]
-    if held:
-        return min(held, key=lambda path: _version_key(path.name))
-    _list_files("Packages")
-    name = _offered_name(package) if package.pattern else package.name
+    held = {unquote(path.stem).split("_")[1]: path for path in sorted(folder.glob(f"{package.name}_*.deb"))}
+    if package.version in held:
+        return held[package.version]
+    if any_version and held:
+        return next(iter(held.values()))
+    try:
+        return _download(str(package), folder)
+    except ValueError:
+        offered = _offered_versions(package.name)
+        if package.version in offered:
+            raise
+        if any_version:
+            return _download(f"{package.name}={offered[0]}", folder)
+        raise ValueError(
+            f"{package}: this machine's Debian offers {' and '.join(offered)}; with --any_version that is taken, and the figures "
+            "are others than those of the documentation"
+        ) from None
+
+
+def _download(package: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as partial:
-        _output("apt-get", "download", name, cwd=partial)
+        _output("apt-get", "download", package, cwd=partial)
         (deb,) = Path(partial).glob("*.deb")
         return deb.rename(folder / deb.name)
 
 
-def _offered_name(package: Debian) -> str:
-    """The lowest version that the release offers: its own; later ones came as additions."""
-    listed = _output("apt-cache", "search", "--names-only", f"^{package.pattern}$").decode()
-    names = [line.partition(" ")[0] for line in listed.splitlines()]
-    if not names:
-        raise ValueError(f"{package}: this release of Debian has no package like {package.pattern}")
-    return min(names, key=_version_key)
-
-
-def _version_key(name: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", name)]
+def _offered_versions(name: str) -> list[str]:
+    """Return the versions of a package that apt can fetch, its own choice first."""
+    _list_files()  # raises where apt has no lists
+    lines = _output("apt-cache", "madison", name).decode().splitlines()
+    versions = [line.split("|")[1].strip() for line in lines if line.count("|") == 2]
+    if not versions:
+        raise ValueError(f"{name}: this machine's Debian has no such package")
+    return list(dict.fromkeys(versions))
 
 
 def _fetch_pip(package: Pip, cache: Path) -> Path:
@@ -200,16 +213,24 @@ def _fetch_pip(package: Pip, cache: Path) -> Path:
     return archive
 
 
-def _list_files(kind: str) -> list[str]:
-    """apt's files of a kind (Packages, Translations); ValueError where `apt-get update` did not fetch them yet."""
-    chosen = [f"Created-By: {kind}", *(["Language: en"] if kind == "Translations" else [])]
-    named = _output("apt-get", "indextargets", *_ENGLISH, "--format", "$(FILENAME)", *chosen).decode().split()
-    files = [name for name in named if Path(name).exists()]
+def _list_files() -> tuple[DebianLists, list[str]]:
+    """Return the release that apt knows, and its files of descriptions in English.
+
+    Of a release, its updates between two point releases, and its security updates, the release is what is listed first.
+    Raises ValueError where `apt-get update` did not fetch them yet.
+    """
+    chosen = ("Created-By: Translations", "Language: en", "Component: main")
+    listed = _output("apt-get", "indextargets", *_ENGLISH, "--format", "$(CODENAME)|$(VERSION)|$(FILENAME)", *chosen)
+    files: dict[DebianLists, list[str]] = {}
+    for line in listed.decode().splitlines():
+        codename, version, name = line.split("|")
+        if Path(name).exists():
+            files.setdefault(DebianLists(codename, version), []).append(name)
     if not files:
         raise ValueError(
-            f"Debian's package lists ({kind}) are empty: run `{' '.join(UPDATE_COMMAND)}` as root, or give --update"
+            f"Debian's package lists are empty: run `{' '.join(UPDATE_COMMAND)}` as root, or give --update"
         )
-    return sorted(files)
+    return next(iter(files.items()))
 
 
 def _output(*command: str, cwd: str | None = None) -> bytes:

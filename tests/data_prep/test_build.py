@@ -16,6 +16,8 @@ from support import files_of
 
 from data_prep import build as build_module
 from data_prep.corpus import find_sources, plan_units, read_documents
+from data_prep.inputs import SOURCE_LIST
+from data_prep.mask_settings import MaskSettings
 from data_prep.masking import draw_masks
 from data_prep.parameters import BuildParameters
 from data_prep.shards import CHUNK_SAMPLES, MANIFEST, SPLITS, DataSet, Split, batch_of, find_faults
@@ -84,20 +86,23 @@ def test_masks_of_a_shard_are_those_of_its_sample_numbers(data_folder: Path) -> 
     for split, index, first_sample in [("train", 1, 128), ("validation", 0, 2**48)]:
         samples = data.read_shard(split, index)
         masks = draw_masks(
-            samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
-            mask_sets=2, seed=0, first_sample=first_sample,
+            samples, MaskSettings((0.15, 0.15)), special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids,
+            mask_id=tokenizer.mask_id, seed=0, first_sample=first_sample,
         )  # fmt: skip
-        expected = batch_of(samples, masks.num_masked_B, masks.places_KM[1], 64, tokenizer.pad_id)
+        expected = batch_of(samples, masks.num_masked_KB[1], masks.places_K[1], 64, 9, tokenizer.pad_id)
         for name, array in vars(data.read_chunk(split, index, 1)).items():
             np.testing.assert_array_equal(array, vars(expected)[name], err_msg=name)
 
 
 def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: list[Path]) -> None:
     manifest = json.loads((data_folder / MANIFEST).read_bytes())
-    assert [source["name"] for source in manifest["sources"]] == [chapter.name for chapter in chapters[:9]]
+    sources = [json.loads(line) for line in (data_folder / SOURCE_LIST).read_text().splitlines()]
+    assert [source["name"] for source in sources] == [chapter.name for chapter in chapters[:9]]
+    assert manifest["sources"]["num_files"] == 9
+    assert manifest["sources"]["size_bytes"] == sum(chapter.stat().st_size for chapter in chapters[:9])
     assert manifest["parameters"] == {
-        "max_length_tokens": 64, "short_sample_probability": 0.0, "mask_sets": 2, "validation_fraction": 0.2,
-        "shard_samples": 128, "seed": 0, "unicode_form": "none", "drop_control_characters": False,
+        "max_length_tokens": 64, "short_sample_probability": 0.0, "mask_sets": 2, "mask_rate": "0.15", "block_share": 0.4,
+        "block_lengths": "2:6", "validation_fraction": 0.2, "shard_samples": 128, "seed": 0, "unicode_form": "none", "drop_control_characters": False,
         "min_document_characters": 0, "max_document_characters": None, "drop_duplicate_documents": False,
         "near_duplicate_jaccard": None, "drop_duplicate_paragraphs": "none", "min_duplicate_characters": 50,
     }  # fmt: skip
@@ -105,7 +110,7 @@ def test_the_manifest_tells_what_it_was_made_from(data_folder: Path, chapters: l
     documents = manifest["documents"]
     assert documents["train"] + documents["validation"] == 9
     assert documents["too_short"] == 0
-    assert str(data_folder.parent) not in json.dumps(manifest), "no path of this machine"
+    assert str(data_folder.parent) not in json.dumps([manifest, sources]), "no path of this machine"
 
 
 @pytest.mark.slow
@@ -116,32 +121,39 @@ def test_a_second_build_changes_nothing(data_folder: Path, chapters: list[Path],
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "named", "detail"),
     [
-        ({"seed": 1}, "parameters"),
-        ({"mask_sets": 3}, "parameters"),
-        ({"max_length_tokens": 65}, "parameters"),
-        ({"short_sample_probability": 0.1}, "parameters"),
-        ({"document_per": "blank_line"}, "corpora"),
-        ({"text_field": "content"}, "corpora"),
-        ({"drop_control_characters": True}, "parameters"),
-        ({"drop_duplicate_documents": True}, "parameters"),
-        ({"tokenizer_path": "other.model"}, "tokenizer"),
-        ({"corpus": slice(0, 8)}, "sources"),
-        ({"corpus": slice(8, None, -1)}, "sources"),
-        ({"seed": 1, "tokenizer_path": "other.model", "corpus": slice(1, 9)}, "parameters and tokenizer and sources"),
+        ({"seed": 1}, "parameters", "parameters seed was 0, is 1"),
+        ({"mask_sets": 3}, "parameters", "parameters mask_sets was 2, is 3"),
+        ({"mask_rate": "0.3:0.15"}, "parameters", r"parameters mask_rate was 0\.15, is 0\.3:0\.15"),
+        ({"block_share": 0.5}, "parameters", r"parameters block_share was 0\.4, is 0\.5"),
+        ({"block_lengths": "2:5"}, "parameters", "parameters block_lengths was 2:6, is 2:5"),
+        ({"max_length_tokens": 65}, "parameters", "parameters max_length_tokens was 64, is 65"),
+        ({"short_sample_probability": 0.1}, "parameters", r"short_sample_probability was 0\.0, is 0\.1"),
+        ({"document_per": "blank_line"}, "corpora", "corpora corpus document_per was file, is blank_line"),
+        ({"text_field": "content"}, "corpora", "text_field was text, is content"),
+        ({"drop_control_characters": True}, "parameters", "drop_control_characters was false, is true"),
+        ({"drop_duplicate_documents": True}, "parameters", "drop_duplicate_documents was false, is true"),
+        ({"tokenizer_path": "other.model"}, "tokenizer", "tokenizer vocab_size was 600, is 500"),
+        ({"corpus": slice(0, 8)}, "sources", ""),
+        ({"corpus": slice(8, None, -1)}, "sources", ""),
+        (
+            {"seed": 1, "tokenizer_path": "other.model", "corpus": slice(1, 9)},
+            "parameters and tokenizer and sources",
+            "seed was 0, is 1; tokenizer sha256 was [0-9a-f]{12}, is [0-9a-f]{12}; ",
+        ),
     ],
 )
 def test_a_folder_made_from_something_else_is_refused(
     data_folder: Path, chapters: list[Path], lines: list[str], tmp_path: Path, build_data: Build,
-    changes: dict[str, object], named: str,
+    changes: dict[str, object], named: str, detail: str,
 ) -> None:  # fmt: skip
     settings = {"mask_sets": 2, "validation_fraction": 0.2, **changes}
     corpus = chapters[settings.pop("corpus", slice(0, 9))]  # type: ignore[call-overload]
     if "tokenizer_path" in settings:
         settings["tokenizer_path"] = train_tokenizer(lines, tmp_path / "other.model", vocab_size=500).path
     before = files_of(data_folder)
-    with pytest.raises(ValueError, match=rf"{data_folder}: holds a data set made from other {named};"):
+    with pytest.raises(ValueError, match=rf"{data_folder}: holds a data set made from other {named} \(.*{detail}.*\);"):
         build_data(corpus, data_folder, **settings)
     assert files_of(data_folder) == before
 

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import h5py
 import pytest
 from support import assert_user_error, files_of, run_command
 
+from data_prep.__main__ import make_parser
 from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer
 
@@ -23,6 +25,7 @@ Completed = subprocess.CompletedProcess[str]
 CommandLine = Callable[..., Completed]
 COMMANDS = ["train-tokenizer", "import-tokenizer", "build", "remask", "inspect", "stats", "verify"]
 BARS = ("read corpus:", "read input:", "tokenize:", "draw masks:", "verify:")
+_HUGE = "1" + "0" * 30
 SMALL = ["--max-length-tokens", "64", "--shard-samples", "128", "--workers", "1"]
 
 
@@ -254,6 +257,92 @@ def test_build_with_bad_input(
     )
     assert_one_line_of_error(done, "build", *words)
     assert not (data / MANIFEST).exists()
+
+
+def numbers_for_flags() -> list[tuple[str, str, str]]:
+    """Each command with each of its flags that take a number, and odd numbers."""
+    commands = next(action for action in make_parser()._actions if isinstance(action.choices, dict)).choices
+    flags = [
+        (command, action.option_strings[0])
+        for command, parser in commands.items()
+        for action in parser._actions
+        if action.type in (int, float)
+    ]
+    numbers = ["nan", "inf", "-inf", "0", "-1", "1e400", "0.0000001", _HUGE]
+    # As many workers are started as are asked for.
+    return [(*flag, n) for flag in flags for n in numbers if (flag[1], n) != ("--workers", _HUGE)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "flag", "value"), numbers_for_flags())
+def test_a_number_that_cannot_be_gets_a_line(
+    data_prep_command: CommandLine,
+    data_folder: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    command: str,
+    flag: str,
+    value: str,
+) -> None:
+    """Whatever the number, the command does its work or says in one line what is wrong with it."""
+    (tmp_path / "a.txt").write_text("It is a truth universally acknowledged. " * 20)
+    words: dict[str, list[object]] = {
+        "train-tokenizer": ["--corpus", tmp_path / "a.txt", "--tokenizer", tmp_path / "t.model", "--vocab_size", 25],
+        "build": ["--corpus", tmp_path / "a.txt", "--tokenizer", tokenizer.path, "--data", tmp_path / "data",
+                  "--workers", 1, "--validation_fraction", 0],
+        "remask": ["--data", data_folder, "--output", tmp_path / "new", "--workers", 1],
+        "inspect": ["--data", data_folder],
+        "stats": ["--data", data_folder, "--workers", 1, "--output", tmp_path / "stats.png"],
+    }  # fmt: skip
+    done = data_prep_command(command, *words[command], f"{flag}={value}")
+    if done.returncode:
+        assert_user_error(done, f"python -m data_prep {command}: error: ")
+        name = flag.removeprefix("--")
+        assert name in done.stderr or "characters" in name, done.stderr
+
+
+def in_a_shell(script: str, **environment: str) -> Completed:
+    command = f'run() {{ {shlex.quote(sys.executable)} -m data_prep "$@"; }}; {script}'
+    return run_command(["bash", "-c", command], **environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    ["inspect --count 9999", "inspect --count 1", "stats --workers 1", "build --help"],
+)
+@pytest.mark.parametrize("reader", ["head -1", "true"])
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(
+    data_folder: Path, tmp_path: Path, words: str, reader: str
+) -> None:
+    data = "" if "help" in words else f" --data {shlex.quote(str(data_folder))}"
+    figure = f" --output {shlex.quote(str(tmp_path / 'stats.png'))}" if "stats" in words else ""
+    done = in_a_shell(f'run {words}{data}{figure} | {reader}; echo "status ${{PIPESTATUS[0]}}"')
+    assert not done.stderr
+    status = int(done.stdout.split()[-1])
+    assert status == 128 + signal.SIGPIPE or (reader != "true" and status == 0), "head may have read all of it"
+
+
+@pytest.mark.slow
+def test_an_output_that_is_full_is_an_error(data_folder: Path) -> None:
+    done = in_a_shell(f"run inspect --data {shlex.quote(str(data_folder))} > /dev/full")
+    assert_one_line_of_error(done, "inspect", "No space left on device")
+
+
+@pytest.mark.slow
+def test_a_terminal_without_the_characters_of_the_text(data_folder: Path) -> None:
+    words = f"--data {shlex.quote(str(data_folder))}"
+    plain, ascii_only = (
+        in_a_shell(f"run inspect {words}", PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii")
+    )
+    assert ascii_only.returncode == 0, ascii_only.stderr
+    assert "▁" in plain.stdout
+    assert ascii_only.stdout == plain.stdout.encode("ascii", "backslashreplace").decode()
+    of_terminals = [in_a_shell(f"run stats {words} --json --workers 1", PYTHONIOENCODING=e) for e in ("utf-8", "ascii")]
+    plain, ascii_only = (json.loads(done.stdout) for done in of_terminals)
+    assert ascii_only == plain
+    assert of_terminals[1].stdout.isascii()
+    assert not of_terminals[0].stdout.isascii()
 
 
 def test_verify_names_each_damaged_shard(data_prep_command: CommandLine, folder: Path) -> None:

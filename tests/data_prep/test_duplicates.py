@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,14 +21,15 @@ import pytest
 from datasketch import MinHash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stages import Interrupted
 from support import files_of
 
 from data_prep import build as build_module
 from data_prep import duplicates, inspect, minhash
 from data_prep.corpus import Document, find_sources, make_document, plan_units, read_documents
 from data_prep.duplicates import DuplicateSettings, choose_bands, find_duplicates, hash_unit, without_duplicates
+from data_prep.parts import finished_parts, is_done
 from data_prep.processes import LocalProcesses
-from data_prep.progress import Stage
 from data_prep.shards import SPLITS, DataSet, Split
 
 ALL_KINDS = DuplicateSettings(True, 0.75, "blank_line", min_duplicate_characters=5)
@@ -90,8 +92,9 @@ def find(
     """All steps over documents in memory; what is left of them, and the counts."""
     bands = choose_bands(settings)
     for unit, documents in enumerate(units):
-        if not duplicates.is_hashed(folder, unit):
-            hash_unit(folder, unit, documents, settings, bands, part_hashes)
+        done = finished_parts(folder, duplicates.HASHED).get(unit, [])
+        if not is_done(done):
+            hash_unit(folder, unit, documents, settings, bands, part_hashes, done=done)
     with LocalProcesses(workers) as processes:
         processes.prepare(int)
         find_duplicates(folder, len(units), settings, processes)
@@ -108,22 +111,6 @@ def remaining(
         for document in without_duplicates(folder, unit, documents, settings, counts)
     ]
     return left, counts
-
-
-class Interrupted(LocalProcesses):
-    """Ctrl-C comes when so many tasks are done."""
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__(1)
-        self._num_tasks = num_tasks
-
-    def run(self, task: Any, arguments: Any, stage: Stage, report: Any = None) -> None:
-        super().run(task, arguments, stage, lambda work: self._count())
-
-    def _count(self) -> None:
-        self._num_tasks -= 1
-        if self._num_tasks < 0:
-            raise KeyboardInterrupt
 
 
 def comparable(documents: list[Document]) -> list[tuple[tuple[str, ...], int]]:
@@ -330,12 +317,83 @@ def test_interrupted_at_any_task_it_goes_on(units: list[list[Document]], found: 
             except KeyboardInterrupt:
                 num_interrupted += 1
         with LocalProcesses(1) as processes:
-            done = {path: path.stat().st_mtime_ns for path in folder.glob("*-0*.npy")}
+            done = {path: path.stat().st_mtime_ns for path in folder.glob("*-[0-9][0-9][0-9].*")}
             find_duplicates(folder, len(units), ALL_KINDS, processes)
         assert {path: path.stat().st_mtime_ns for path in done} == done
         assert files_of(folder) == files_of(found)
         shutil.rmtree(folder)
     assert num_interrupted > 10
+
+
+def test_hashing_goes_on_inside_a_unit(
+    units: list[list[Document]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of parts that are written are read again, but not hashed."""
+    bands = choose_bands(ALL_KINDS)
+    documents = units[0] + units[1]
+    for name in ("undisturbed", "interrupted"):
+        (tmp_path / name).mkdir()
+    hash_unit(tmp_path / "undisturbed", 7, documents, ALL_KINDS, bands, 100)
+
+    def break_off() -> Iterator[Document]:
+        yield from documents[: len(documents) // 2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hash_unit(tmp_path / "interrupted", 7, break_off(), ALL_KINDS, bands, 100)
+    done = finished_parts(tmp_path / "interrupted", duplicates.HASHED)[7]
+    assert len(done) > 1
+    assert not is_done(done)
+    before = {path: path.stat().st_mtime_ns for path in done}
+    num_hashed = []
+    add = duplicates._PartHashes.add
+    monkeypatch.setattr(
+        duplicates._PartHashes, "add", lambda self, document: (num_hashed.append(1), add(self, document))
+    )
+    hash_unit(tmp_path / "interrupted", 7, documents, ALL_KINDS, bands, 100, done=done)
+    assert {path: path.stat().st_mtime_ns for path in done} == before
+    assert 0 < len(num_hashed) < len(documents)
+    assert files_of(tmp_path / "interrupted") == files_of(tmp_path / "undisturbed")
+
+
+_opened: list[str] | None = None
+
+
+def _count_opens(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened is not None:
+        _opened.append(str(arguments[0]))
+
+
+sys.addaudithook(_count_opens)
+
+
+def num_opened(folder: Path, num_units: int, corpus: list[Document]) -> int:
+    """The times that finding opens a file of the folder."""
+    global _opened
+    folder.mkdir()
+    per_unit = len(corpus) // num_units
+    units = [corpus[start : start + per_unit] for start in range(0, num_units * per_unit, per_unit)]
+    for unit, documents in enumerate(units):
+        hash_unit(folder, unit, documents, ALL_KINDS, choose_bands(ALL_KINDS))
+    _opened = []
+    with LocalProcesses(1) as processes:
+        processes.prepare(int)
+        find_duplicates(folder, num_units, ALL_KINDS, processes)
+    opened, _opened = _opened, None
+    return len([path for path in opened if path.startswith(str(folder))])
+
+
+@pytest.mark.slow
+def test_opens_grow_with_the_units_and_not_with_units_times_buckets(
+    corpus: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts and buckets there are: for each unit, and for each pair of groups, a fixed number."""
+    monkeypatch.setattr(duplicates, "MAX_GROUPS", 4)
+    monkeypatch.setattr(duplicates, "BUCKET_HASHES", 100)
+    few, many = (num_opened(tmp_path / str(num), num, corpus[:160]) for num in (10, 40))
+    of_a_unit = len(ALL_KINDS.kinds) + 2  # its hashes for each kind, before that its counts, and its signatures
+    assert 0 < many - few <= 30 * of_a_unit
+    assert few <= 10 * of_a_unit + 4 * 4 * 2 * len(ALL_KINDS.kinds) + 4 * 4 * 3 + 200
 
 
 @pytest.mark.slow

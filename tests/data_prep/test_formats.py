@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import re
 import struct
 import tracemalloc
@@ -17,6 +15,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import COMPRESS, as_json_lines, write, write_table
 
 from data_prep import corpus, formats
 from data_prep.corpus import DocumentPer, ReadSettings, Source, find_sources, plan_units, read_documents, read_unit
@@ -26,9 +25,6 @@ TEXTS = [
     "Call me Ishmael.\nSome years ago", "naïve", "שלום עולם\nمرحبا بالعالم", "日本語の文章。\n\u3000第二段落。", "a\x00b\n\x00",
     "lone\rreturn", "𝄞 clef and 🙂",
 ]  # fmt: skip
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress,
-}  # fmt: skip
 COMPRESSED = [".gz", ".xz", ".zst"]
 BLANK_LINE = ReadSettings("blank_line")
 WHOLE = 2**40
@@ -40,42 +36,12 @@ def read(path: Path, reading: ReadSettings = BLANK_LINE, unit_bytes: int = WHOLE
     sources = find_sources([path], reading)
     units = plan_units(sources, unit_bytes)
     assert sum(unit.size_bytes for unit in units) == sum(source.size_bytes for source in sources)
-    return [document.lines for unit in units for document in read_unit(sources, unit)]
+    return [document.lines for unit in units for document in read_unit(unit)]
 
 
 def as_documents(texts: Sequence[str | None]) -> list[tuple[str, ...]]:
     lines = [tuple(line.strip() for line in (text or "").split("\n") if line.strip()) for text in texts]
     return [document for document in lines if document]
-
-
-def as_json_lines(texts: Sequence[str | None], key: str = "text") -> bytes:
-    return "".join(json.dumps({"id": 1, key: text}, ensure_ascii=False) + "\n" for text in texts).encode()
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(COMPRESS.get(path.suffix, bytes)(content))
-    return path
-
-
-def write_table(path: Path, texts: Sequence[str | None], part_rows: int = 2, kind: pa.DataType | None = None) -> Path:
-    """A table with other columns around the texts; "stream" in the name of an .arrow file is its format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = pa.array(range(len(texts)), pa.int64())
-    column = pa.array(texts, pa.string())
-    column = (
-        column.dictionary_encode()
-        if kind is not None and pa.types.is_dictionary(kind)
-        else column.cast(kind or pa.string())
-    )
-    table = pa.table({"id": numbers, "text": column, "score": numbers})
-    if path.suffix == ".parquet":
-        pq.write_table(table, path, row_group_size=part_rows)
-    else:
-        new = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
-        with new(str(path), table.schema) as writer:
-            writer.write_table(table, max_chunksize=part_rows)
-    return path
 
 
 TABLES = ["a.parquet", "a.arrow", "stream.arrow"]
@@ -254,12 +220,12 @@ def test_large_files_are_split_and_small_ones_share_a_unit(tmp_path: Path) -> No
     sources = find_sources([tmp_path], BLANK_LINE)
     units = plan_units(sources, unit_bytes=1000)
     pieces = [piece for unit in units for piece in unit.pieces]
-    num_pieces = [sum(piece.source == index for piece in pieces) for index in range(len(sources))]
+    num_pieces = [sum(piece.source == source for piece in pieces) for source in sources]
     assert num_pieces[0] == -(-sources[0].size_bytes // 1000) == 3
     assert num_pieces[1] >= table.stat().st_size // 1000 > 3
     assert num_pieces[2:] == [1] * 31
     assert sources[-1].size_bytes > 1000
-    assert len({unit.pieces for unit in units for piece in unit.pieces if piece.source in range(2, 32)}) <= 2
+    assert len({unit.pieces for unit in units for piece in unit.pieces if piece.source in sources[2:32]}) <= 2
     assert [unit.size_bytes for unit in units if len(unit.pieces) > 1 and unit.size_bytes > 1000] == []
     assert plan_units(sources, 1000) == units
 
@@ -276,7 +242,7 @@ def test_a_unit_reads_its_own_documents_alone(tmp_path: Path, name: str) -> None
         write_table(path, texts, part_rows=5)
     sources = find_sources([path], BLANK_LINE)
     units = plan_units(sources, -(-path.stat().st_size // 10))
-    counts = [len(list(read_unit(sources, unit))) for unit in units]
+    counts = [len(list(read_unit(unit))) for unit in units]
     assert sum(counts) == 200
     assert max(counts) <= 25
     assert len(counts) in (10, 11, 14)
@@ -392,7 +358,7 @@ def test_compressed_text_is_streamed(tmp_path: Path, suffix: str) -> None:
     sources = find_sources([path], BLANK_LINE)
     (unit,) = plan_units(sources)
     tracemalloc.start()
-    num_documents = sum(1 for _ in read_unit(sources, unit))
+    num_documents = sum(1 for _ in read_unit(unit))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert num_documents == 20_000
@@ -484,9 +450,9 @@ def test_a_unit_without_a_blank_line_reads_no_further_than_its_end(tmp_path: Pat
         sources = find_sources([write(tmp_path / "a.txt", content)], BLANK_LINE)
         first, *others, _, _ = plan_units(sources, unit_bytes=2**20)
         assert len(others) == 3
-        assert [list(read_unit(sources, unit)) for unit in others] == [[]] * 3
+        assert [list(read_unit(unit)) for unit in others] == [[]] * 3
         with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(content) - 1}"):
-            list(read_unit(sources, first))
+            list(read_unit(first))
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "stream.arrow"])

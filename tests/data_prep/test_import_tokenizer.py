@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from support import assert_ids_of_library
 
 from data_prep.import_tokenizer import import_tokenizer
+from data_prep.shards import DataSet, find_faults
 from data_prep.tokenizer import ROLE_PIECES, Tokenizer, load_tokenizer
 
 EXTRA_IDS = [f"<extra_id_{i}>" for i in range(3)]
@@ -119,6 +120,21 @@ def test_special_tokens_written_in_text_are_text(imported: Imported) -> None:
         for name in names:
             ids = imported.tokenizer.encode([f"a {name} b"])
             assert not np.isin(ids, np.setdiff1d(imported.tokenizer.special_ids, imported.tokenizer.unk_id)).any(), name
+
+
+def test_a_data_set_of_any_style_is_sound(imported: Imported, build_data: Callable[..., bool], tmp_path: Path) -> None:
+    """Of characters that the vocabulary does not have; with byte fallback they are byte entries, which text is made of too."""
+    text = " ".join(f"a truth {chr(0x4E00 + i)}{chr(0x1F600 + i % 64)} acknowledged" for i in range(500))
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    folder = tmp_path / "data"
+    assert build_data([tmp_path / "a.txt"], folder, tokenizer_path=imported.tokenizer.path, validation_fraction=0)
+    assert list(find_faults(folder)) == []
+    data = DataSet(folder)
+    batch = data.read_samples("train", 0, data.num_samples("train"))
+    used = batch.turns_BP > 0
+    originals = np.take_along_axis(batch.tokens_BL, batch.positions_BP.astype(np.int64), axis=1)[used]
+    is_kept_byte = ~np.isin(originals, data.tokenizer.normal_ids) & (originals == batch.shown_BP[used])
+    assert is_kept_byte.any() == (imported.style == "bytes"), "else nothing is shown here but text entries"
 
 
 def test_what_has_all_special_tokens_needs_no_import(models: dict[str, Path], imported: Imported) -> None:

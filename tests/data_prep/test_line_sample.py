@@ -144,8 +144,8 @@ def test_the_command_trains_on_the_sample_alone(
 @pytest.mark.parametrize(
     ("sample_mb", "fault"),
     [
-        ("0", "--sample_mb is 0, expected more than 0"),
-        ("-1", "--sample_mb is -1, expected more than 0"),
+        ("0", "--sample_mb is 0, expected a number above 0"),
+        ("-1", "--sample_mb is -1, expected a number above 0"),
         ("0.000001", "--sample_mb 1e-06: none of the"),
     ],
 )

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from data_prep.build import WORK
 from data_prep.corpus import ReadSettings, plan_units, read_documents
+from data_prep.inputs import SOURCE_LIST
 from data_prep.mixture import Corpus, TextOrder, epochs_of, read_mixture, sources_of
 from data_prep.shards import MANIFEST, DataSet, find_faults
 from data_prep.tokenizer import Tokenizer, train_tokenizer
@@ -95,15 +96,15 @@ def test_all_faults_are_in_one_message(tmp_path: Path) -> None:
         "corpus a: there are several of this name",
         "corpus number 2: has no name",
         "corpus number 2: paths is ['x', 1], expected a path or several",
-        "corpus number 2: epochs is 0, expected a number above 0",
+        "corpus number 2: epochs is 0, expected a number above 0 and up to 10,000",
         "corpus number 2: has epochs where there are weights: give every corpus a weight, or none",
         "corpus number 3: name is 2020, expected a text",
-        "corpus number 3: epochs is True, expected a number above 0",
+        "corpus number 3: epochs is True, expected a number above 0 and up to 10,000",
         "corpus number 3: weight is '1e3', expected a number above 0",
         "corpus number 3: has epochs where there are weights: give every corpus a weight, or none",
         "corpus a: weight is nan, expected a number above 0",
         "corpus b: has no paths",
-        "corpus b: epochs is inf, expected a number above 0",
+        "corpus b: epochs is inf, expected a number above 0 and up to 10,000",
         "corpus b: weight is -0.5, expected a number above 0",
         "corpus b: has epochs where there are weights: give every corpus a weight, or none",
     ]
@@ -141,6 +142,14 @@ def test_weights_are_the_shares_and_no_text_is_left_out(corpora: list[tuple[int,
     samples = [size * often for size, often in zip(sizes, epochs, strict=True)]
     assert [count / sum(samples) for count in samples] == [Fraction(w) / sum(map(Fraction, weights)) for w in weights]
     assert min(epochs) == 1
+
+
+def test_weights_that_make_too_many_samples() -> None:
+    epochs = epochs_of([Corpus([], weight=Fraction(weight)) for weight in (1e300, 1)], [10, 10])
+    with pytest.raises(
+        ValueError, match=r"weights make 1e\+301 samples, epochs of the corpora: 1e\+300, 1; choose smaller"
+    ):
+        TextOrder([10, 10], [0, 1], epochs)
 
 
 def test_a_corpus_without_text_has_no_epochs() -> None:
@@ -183,10 +192,10 @@ def test_the_order_is_its_plain_definition(
 
 
 def test_the_order_is_exact_where_floats_are_not() -> None:
-    """A third of 10**15 texts: each third one, to the last."""
-    order = TextOrder([10**15], [0], [Fraction(1, 3)])
-    assert order.num_samples == [333_333_333_333_333]
-    assert order.texts(333_333_333_333_330, 333_333_333_333_333)[1].tolist() == [10**15 - 8, 10**15 - 5, 10**15 - 2]
+    """Two ninths of 10**15 texts, to the last."""
+    order = TextOrder([10**15], [0], [Fraction(2, 9)])
+    assert order.num_samples == [222_222_222_222_222]
+    assert order.texts(222_222_222_222_219, 222_222_222_222_222)[1].tolist() == [10**15 - 11, 10**15 - 6, 10**15 - 2]
 
 
 def test_an_order_of_twenty_thousand_units_is_small_and_quickly_asked() -> None:
@@ -201,10 +210,10 @@ def test_an_order_of_twenty_thousand_units_is_small_and_quickly_asked() -> None:
 def test_a_unit_is_of_one_corpus(novel_and_dictionary: Path) -> None:
     sources = sources_of(read_mixture(novel_and_dictionary))
     units = plan_units(sources, unit_bytes=2**40)
-    assert [[piece.source for piece in unit.pieces] for unit in units] == [[0, 1], [2, 3]]
+    assert [[piece.source for piece in unit.pieces] for unit in units] == [sources[:2], sources[2:]]
     assert [unit.corpus for unit in units] == [0, 1]
     for unit in plan_units(sources, unit_bytes=3000):
-        assert {sources[piece.source].corpus for piece in unit.pieces} == {unit.corpus}
+        assert {piece.source.corpus for piece in unit.pieces} == {unit.corpus}
 
 
 # ---- the data set
@@ -226,7 +235,8 @@ def test_a_data_set_of_two_corpora(
         {"name": "novel", "document_per": "file", "text_field": "body", "epochs": 2.5},
         {"name": "words", "document_per": "file", "text_field": "text", "epochs": 1.0},
     ]
-    assert [(source["corpus"], source["name"]) for source in manifest["sources"]] == [
+    sources = [json.loads(line) for line in (tmp_path / "data" / SOURCE_LIST).read_text().splitlines()]
+    assert [(source["corpus"], source["name"]) for source in sources] == [
         (corpus, name) for corpus in ("novel", "words") for name in ("a.jsonl", "b.jsonl")
     ]
     novel, words = manifest["mixture"]
@@ -294,7 +304,7 @@ def test_other_epochs_are_another_data_set(novel_and_dictionary: Path, tmp_path:
     assert build_data(novel_and_dictionary, tmp_path / "data")
     assert not build_data(novel_and_dictionary, tmp_path / "data")
     novel_and_dictionary.write_text(novel_and_dictionary.read_text().replace("2.5", "2"))
-    with pytest.raises(ValueError, match="holds a data set made from other corpora; remove it"):
+    with pytest.raises(ValueError, match=r"holds a data set made from other corpora .*; remove it"):
         build_data(novel_and_dictionary, tmp_path / "data")
 
 

@@ -21,16 +21,18 @@ from typing import Any
 import h5py
 import pytest
 from held_build import Hold, on_changes
-from support import REPOSITORY, environment, files_of
+from stages import Disturbed
+from support import PATIENCE_S, REPOSITORY, environment, files_of
 
 from data_prep import build as build_module
+from data_prep import units
 from data_prep.build import WORK, build
 from data_prep.console import describe_error
 from data_prep.corpus import plan_units
+from data_prep.duplicates import DuplicateSettings
 from data_prep.mixture import Corpus
 from data_prep.parameters import BuildParameters
 from data_prep.processes import LocalProcesses
-from data_prep.progress import Stage
 from data_prep.remask import remask
 from data_prep.shards import MANIFEST, find_faults
 from data_prep.tokenizer import Tokenizer
@@ -50,7 +52,7 @@ def assert_left_is_whole(folder: Path) -> None:
 
 def finished_tasks(folder: Path) -> set[str]:
     """Files that no later run may write again: their task left its last file."""
-    finished = {unit.name for unit in (folder / WORK).glob("*.npz")}
+    finished = {part.name for part in (folder / WORK).glob("*.npz")}
     for done in (folder / WORK).glob("*.json"):
         if done.stem != "plan":
             finished |= {done.name, f"{done.stem}.h5"}
@@ -101,11 +103,12 @@ CLEANED = {
 
 @pytest.fixture(scope="module")
 def build_small(chapters: list[Path], build_data: Build) -> Build:
-    """Two units, a shard to train and one to validate."""
+    """Two units, one of them of several parts, a shard to train and one to validate."""
 
     def make(folder: Path, **settings: Any) -> bool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build_module, "plan_units", partial(plan_units, unit_bytes=12_000))
+            patch.setattr(units, "PART_BYTES", 5_000)
             return build_data(chapters[3:6], folder, validation_fraction=0.4, **settings)
 
     return make
@@ -148,7 +151,7 @@ def test_killed_before_every_fifth_change_while_duplicates_are_dropped(build_sma
 def test_remask_killed_before_any_change_to_the_disk(undisturbed: Path, tmp_path: Path) -> None:
     def make(folder: Path) -> bool:
         with LocalProcesses(1) as processes:
-            return remask(undisturbed, folder, 7, 1, processes)
+            return remask(undisturbed, folder, {"seed": 7, "mask_sets": 1}, processes)
 
     assert_killed_anywhere_it_goes_on(make, tmp_path, min_changes=16)
 
@@ -227,19 +230,6 @@ def test_the_disk_is_full(build_small: Build, undisturbed: Path, tmp_path: Path)
 # ---- inputs that cannot be read, or change
 
 
-class Disturbed(LocalProcesses):
-    """Something happens to the input before a stage."""
-
-    def __init__(self, stage: str, disturb: Callable[[], object]) -> None:
-        super().__init__(1)
-        self._stage, self._disturb = stage, disturb
-
-    def run(self, task: Any, arguments: Any, stage: Stage, *report: Any) -> None:
-        if stage.name == self._stage:
-            self._disturb()
-        super().run(task, arguments, stage, *report)
-
-
 def test_what_another_version_has_begun_is_not_gone_on_with(
     chapters: list[Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +252,7 @@ def corpus(chapters: list[Path], tmp_path: Path) -> list[Path]:
     return [Path(shutil.copy2(chapter, tmp_path)) for chapter in chapters[3:6]]
 
 
-@pytest.mark.parametrize("stage", ["read input", "tokenize"])
+@pytest.mark.parametrize("stage", ["hash texts", "tokenize"])
 @pytest.mark.parametrize(
     ("disturb", "error", "message"),
     [
@@ -281,19 +271,23 @@ def test_an_input_that_is_lost_or_changes_midway(
     """When it is back, the same command goes on with what is done."""
     monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_bytes=4_000))
     parameters = BuildParameters(max_length_tokens=64, shard_samples=128, validation_fraction=0.4)
+    dropped = DuplicateSettings(drop_duplicate_documents=stage == "hash texts")
     folder = tmp_path / "data"
     shutil.copy2(corpus[1], tmp_path / "kept")
     with pytest.raises(error) as failure, Disturbed(stage, lambda: disturb(corpus[1])) as processes:
-        build([Corpus(corpus)], tokenizer.path, folder, parameters, processes)
+        build([Corpus(corpus)], tokenizer.path, folder, parameters, processes, duplicates=dropped)
     assert describe_error(failure.value).startswith(f"{corpus[1]}: ")
     assert message in describe_error(failure.value)
     assert "Traceback" in (folder / "logs" / "main.log").read_text()
-    assert ("unit-00000000.npz" in finished_tasks(folder)) == (stage == "tokenize")
+    assert ("unit-00000000-000000-end.npz" in finished_tasks(folder)) == (stage == "tokenize")
     corpus[1].unlink(missing_ok=True)
     (tmp_path / "kept").rename(corpus[1])
     with LocalProcesses(1) as processes:
-        assert build([Corpus(corpus)], tokenizer.path, folder, parameters, processes)
-    assert files_of(folder) == files_of(undisturbed)
+        assert build([Corpus(corpus)], tokenizer.path, folder, parameters, processes, duplicates=dropped)
+    expected = files_of(undisturbed)
+    assert {name: bytes for name, bytes in files_of(folder).items() if name != MANIFEST} == {
+        name: bytes for name, bytes in expected.items() if name != MANIFEST
+    }
 
 
 # ---- processes killed at random moments
@@ -306,7 +300,7 @@ class RunningBuild:
         self.folder = folder
         self.hold = Hold(folder.with_name("hold"), num_events)
         command = self.hold.command(
-            "build", "--corpus", *corpus, "--tokenizer", tokenizer.path, "--data", folder, "--max_length_tokens", 16,
+            "build", "--corpus", *corpus, "--tokenizer", tokenizer.path, "--data", folder, "--max_length_tokens", 11,
             "--mask_sets", 4, "--shard_samples", 128, "--workers", 2,
         )  # fmt: skip
         self.process = subprocess.Popen(
@@ -335,7 +329,7 @@ class RunningBuild:
 
     def wait(self) -> list[str]:
         """Lines on stderr, without those of the progress bar."""
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=PATIENCE_S)
         bars = ("read input:", "tokenize:", "draw masks:")
         return [line for line in errors.splitlines() if not line.startswith(bars)]
 
@@ -346,7 +340,7 @@ class RunningBuild:
         self.hold.release()
 
 
-def until(condition: Callable[[], bool], patience_s: float = 120.0) -> bool:
+def until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> bool:
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
@@ -387,16 +381,15 @@ def test_a_build_killed_again_and_again(
 ) -> None:
     """At moments drawn by chance, the first while the workers start; one build for all that it is ended by."""
     folder, corpus = tmp_path / "data", chapters
-    settings: dict[str, Any] = {"max_length_tokens": 16, "mask_sets": 4}
+    settings: dict[str, Any] = {"max_length_tokens": 11, "mask_sets": 4}
     draw = random.Random(1)
     finished: dict[Path, int] = {}
-    hashing = 2 * len(corpus)
     for end, num_events in [
         (assert_a_killed_worker_ends_it, 1),
-        (assert_workers_do_not_outlive_it, draw.randrange(5, hashing)),
-        (assert_all_can_be_killed, hashing + draw.randrange(20, 80)),
-        (assert_a_killed_worker_ends_it, hashing + draw.randrange(20, 80)),
-        (assert_ctrl_c_ends_it, hashing + draw.randrange(20, 80)),
+        (assert_workers_do_not_outlive_it, draw.randrange(20, 80)),
+        (assert_all_can_be_killed, draw.randrange(20, 80)),
+        (assert_a_killed_worker_ends_it, draw.randrange(20, 80)),
+        (assert_ctrl_c_ends_it, draw.randrange(20, 80)),
     ]:
         running = RunningBuild(corpus, tokenizer, folder, num_events)
         try:
@@ -412,7 +405,7 @@ def test_a_build_killed_again_and_again(
         finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name in names}
     assert len([path for path in finished if path.suffix == ".h5"]) > 10
     with pytest.raises(ValueError, match="holds an unfinished data set made from other parameters"):
-        build_data(corpus, folder, max_length_tokens=16, mask_sets=3)
+        build_data(corpus, folder, max_length_tokens=11, mask_sets=3)
     (folder / ".train-00149.h5.partial").write_bytes(b"half a shard")
     assert in_child(partial(make_the_rest, partial(build_data, corpus, **settings), folder)) == 0
     assert build_data(corpus, tmp_path / "undisturbed", **settings)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support import cut_document
 
+from data_prep.mask_settings import PAPER_MASKS, MaskSettings
 from data_prep.masking import Masks, draw_masks, place_dtype
 from data_prep.packing import Samples
 from data_prep.shards import (
@@ -32,6 +33,7 @@ from data_prep.tokenizer import Tokenizer, train_tokenizer
 MAX_LENGTH = 64
 SHARD_SAMPLES = 256
 TOKENIZER = "tokenizer.model"
+FALLING = "0.3:0.15"
 
 
 @dataclass(frozen=True)
@@ -40,36 +42,56 @@ class Drawn:
 
     samples: Samples
     masks: Masks
+    mask_rate: str = "0.15"
 
     def shard(self, first: int, stop: int) -> Drawn:
         """Samples first .. stop - 1."""
-        samples, masks = self.samples, self.masks
-        tokens, places = (
+        samples, rows = self.samples, slice(first, stop)
+        tokens, *places = (
             slice(*np.cumsum(np.concatenate([[0], counts]))[[first, stop]])
-            for counts in (samples.length_B, masks.num_masked_B)
+            for counts in (samples.length_B, *self.masks.num_masked_KB)
         )
-        rows = slice(first, stop)
         return Drawn(
             Samples(samples.tokens_T[tokens], samples.length_B[rows], samples.segment_boundary_B[rows]),
-            Masks(masks.num_masked_B[rows], masks.places_KM[:, places].copy()),
+            Masks(
+                self.masks.num_masked_KB[:, rows],
+                [of_set[here].copy() for of_set, here in zip(self.masks.places_K, places, strict=True)],
+            ),
+            self.mask_rate,
         )
 
+    @property
+    def max_masked_tokens(self) -> int:
+        return 18 if self.mask_rate == FALLING else 9
+
     def write(self, path: Path) -> dict[str, Any]:
-        return write_shard(path, self.samples, self.masks, MAX_LENGTH)
+        return write_shard(path, self.samples, self.masks, MAX_LENGTH, self.max_masked_tokens)
 
     def batch(self, mask_set: int, pad_id: int) -> SampleBatch:
-        return batch_of(self.samples, self.masks.num_masked_B, self.masks.places_KM[mask_set], MAX_LENGTH, pad_id)
+        masks = self.masks.num_masked_KB[mask_set], self.masks.places_K[mask_set]
+        return batch_of(self.samples, *masks, MAX_LENGTH, self.max_masked_tokens, pad_id)
 
 
-@pytest.fixture(scope="module")
-def drawn(corpus_ids: np.ndarray, assemble_texts: Callable[..., Samples], tokenizer: Tokenizer) -> Drawn:
+@pytest.fixture(scope="module", params=["0.15", FALLING])
+def drawn(
+    corpus_ids: np.ndarray,
+    assemble_texts: Callable[..., Samples],
+    tokenizer: Tokenizer,
+    request: pytest.FixtureRequest,
+) -> Drawn:
     """One full shard of two chunks and 70 samples of the next, the last a short one; three mask sets."""
     texts = cut_document(corpus_ids[: 325 * 61].astype(np.uint16), MAX_LENGTH)
     samples = assemble_texts([*texts, corpus_ids[-9:].astype(np.uint16)], seed=1, first_sample=0)
-    return Drawn(samples, draw_masks(
-        samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
-        mask_sets=3, seed=1, first_sample=0,
-    ))  # fmt: skip
+    masks = draw_masks(
+        samples,
+        MaskSettings.parse(request.param, 3, 0.4, "2:6"),
+        special_ids=tokenizer.special_ids,
+        normal_ids=tokenizer.normal_ids,
+        mask_id=tokenizer.mask_id,
+        seed=1,
+        first_sample=0,
+    )
+    return Drawn(samples, masks, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +104,13 @@ def written(drawn: Drawn, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPat
     write_data_manifest(
         folder,
         {
-            "parameters": {"max_length_tokens": MAX_LENGTH, "mask_sets": 3, "shard_samples": SHARD_SAMPLES},
+            "parameters": {
+                "max_length_tokens": MAX_LENGTH,
+                "mask_sets": 3,
+                "shard_samples": SHARD_SAMPLES,
+                # A data set of one rate as it was made before there was a choice.
+                **({"mask_rate": FALLING} if drawn.mask_rate == FALLING else {}),
+            },
             "tokenizer": {"file": TOKENIZER, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "splits": {"train": entries, "validation": []},
         },
@@ -118,10 +146,11 @@ def test_every_array_comes_back(written: Path, drawn: Drawn, tokenizer: Tokenize
 
 def test_rows_are_filled_behind_their_ends(drawn: Drawn) -> None:
     batch, pad_id = drawn.batch(1, pad_id=599), 599
-    tokens, places = iter(drawn.samples.tokens_T.tolist()), iter(drawn.masks.places_KM[1].tolist())
-    for row, (length, num_masked) in enumerate(zip(drawn.samples.length_B, drawn.masks.num_masked_B, strict=True)):
+    tokens, places = iter(drawn.samples.tokens_T.tolist()), iter(drawn.masks.places_K[1].tolist())
+    unused = [(0, 0, 0)] * drawn.max_masked_tokens
+    for row, (length, num_masked) in enumerate(zip(drawn.samples.length_B, drawn.masks.num_masked_KB[1], strict=True)):
         assert batch.tokens_BL[row].tolist() == [*islice(tokens, length), *[pad_id] * (MAX_LENGTH - length)]
-        masked = [*islice(places, num_masked), *[(0, 0, 0)] * (9 - num_masked)]
+        masked = [*islice(places, num_masked), *unused[num_masked:]]
         assert list(zip(batch.positions_BP[row], batch.turns_BP[row], batch.shown_BP[row], strict=True)) == masked
 
 
@@ -140,7 +169,14 @@ def test_manifest_entries_tell_the_size_of_each_shard(written: Path, drawn: Draw
     first, second = read_data_manifest(written)["splits"]["train"]
     assert (first["num_samples"], second["num_samples"]) == (SHARD_SAMPLES, 70)
     assert first["num_tokens"] + second["num_tokens"] == drawn.samples.length_B.sum()
-    assert first["num_masked"] + second["num_masked"] == drawn.masks.num_masked_B.sum()
+    num_masked_K = drawn.masks.num_masked_KB.sum(axis=1).tolist()
+    assert first["num_masked"] + second["num_masked"] == num_masked_K[0]
+    if drawn.mask_rate == FALLING:
+        assert num_masked_K[0] / num_masked_K[1] > 1.25 < num_masked_K[1] / num_masked_K[2]
+        of_sets = zip(first["num_masked_of_sets"], second["num_masked_of_sets"], strict=True)
+        assert [sum(of_set) for of_set in of_sets] == num_masked_K
+    else:
+        assert "num_masked_of_sets" not in first
     assert [e["size_bytes"] for e in (first, second)] == [(written / e["file"]).stat().st_size for e in (first, second)]
 
 
@@ -149,30 +185,30 @@ def test_a_large_vocabulary_takes_wider_tokens(drawn: Drawn, tmp_path: Path) -> 
     assert (token_dtype(2**16), token_dtype(2**16 + 1)) == (np.uint16, np.uint32)
     samples = replace(drawn.samples, tokens_T=drawn.samples.tokens_T.astype(np.uint32) + 2**16)
     masks = draw_masks(
-        samples, special_ids=np.arange(4) + 2**16, normal_ids=np.arange(2**16 + 4, 2**16 + 600), mask_id=2**16 + 3,
-        mask_sets=2, seed=0, first_sample=0,
+        samples, MaskSettings((0.15, 0.15)), special_ids=np.arange(4) + 2**16, mask_id=2**16 + 3,
+        normal_ids=np.arange(2**16 + 4, 2**16 + 600), seed=0, first_sample=0,
     )  # fmt: skip
-    write_shard(tmp_path / "train-00000.h5", samples, masks, MAX_LENGTH)
+    write_shard(tmp_path / "train-00000.h5", samples, masks, MAX_LENGTH, 9)
     with h5py.File(tmp_path / "train-00000.h5") as file:
         np.testing.assert_array_equal(file["tokens"][:], samples.tokens_T)
-        np.testing.assert_array_equal(file["masks"][:], masks.places_KM)
+        np.testing.assert_array_equal(file["masks"][:], np.stack(masks.places_K))
         assert file["tokens"].dtype == file["masks"].dtype["shown"] == np.uint32
         assert file["masks"].dtype["turn"] == np.uint16
         assert file["masks"]["shown"].min() >= 2**16
 
 
-def test_samples_without_a_maskable_token(tokenizer: Tokenizer, tmp_path: Path, written: Path) -> None:
+def test_samples_without_a_maskable_token(tokenizer: Tokenizer, tmp_path: Path, written: Path, drawn: Drawn) -> None:
     """All of it is unknown: the array of the masks has no place, and is no damage."""
     ids = [tokenizer.sos_id, *[tokenizer.unk_id] * 5, tokenizer.eos_id, *[tokenizer.unk_id] * 5, tokenizer.eos_id]
     samples = Samples(np.array(ids * 3, dtype=np.uint16), np.full(3, len(ids)), np.full(3, 7))
-    masks = Masks(np.zeros(3, np.int64), np.zeros((3, 0), place_dtype(samples.tokens_T.dtype)))
+    masks = Masks(np.zeros((3, 3), np.int64), [np.zeros(0, place_dtype(samples.tokens_T.dtype))] * 3)
     folder = Path(shutil.copytree(written, tmp_path / "data"))
-    entry = write_shard(folder / "train-00000.h5", samples, masks, MAX_LENGTH)
+    entry = write_shard(folder / "train-00000.h5", samples, masks, MAX_LENGTH, drawn.max_masked_tokens)
     manifest = {key: value for key, value in read_data_manifest(folder).items() if key not in ("format", "version")}
     write_data_manifest(folder, {**manifest, "splits": {"train": [entry], "validation": []}})
     batch = DataSet(folder).read_chunk("train", 0, 2)
     assert not batch.turns_BP.any()
-    assert batch.turns_BP.shape == (3, 9)
+    assert batch.turns_BP.shape == (3, drawn.max_masked_tokens)
     assert list(find_faults(folder)) == []
 
 
@@ -182,6 +218,15 @@ def test_each_array_is_checksummed_in_chunks_of_one_mask_set(written: Path) -> N
         for name, dataset in file.items():
             assert dataset.fletcher32, name
         assert file["masks"].chunks[0] == 1
+
+
+def test_what_a_set_with_fewer_masked_tokens_does_not_use_takes_little_room(written: Path, drawn: Drawn) -> None:
+    """Of 512 tokens a row of a set has many chunks; here it has four, of 64 full samples each."""
+    with h5py.File(written / "train-00000.h5") as file:
+        stored, (_, chunk) = file["masks"], file["masks"].chunks
+        num_masked_K = drawn.shard(0, SHARD_SAMPLES).masks.num_masked_KB.sum(axis=1)
+        assert stored.shape == (3, num_masked_K.max())
+        assert stored.id.get_num_chunks() == sum(-(-num_masked_K // chunk))
 
 
 def test_more_shards_than_files_held_open(
@@ -252,7 +297,7 @@ def test_a_foreign_tokenizer_in_the_folder_is_refused(folder: Path, lines: list[
 
 IDS, EDGES = "every id is in the vocabulary", "[SOS] first, [EOS] last"
 SEGMENTS, PADDING = "three special tokens, [EOS] before segment B", "[PAD] behind the text"
-SHARE, SPECIAL = "15% are masked", "no special token is masked"
+SHARE, SPECIAL = "0.15 of the tokens are masked", "no special token is masked"
 ONCE, TURNS, ANY_RULE = "no position is masked twice", "turns count up from 1", ""
 
 
@@ -294,7 +339,7 @@ BREACHES: dict[str, tuple[str, Callable[[SampleBatch, Tokenizer], None]]] = {
     "turns count down": (TURNS, lambda s, t: s.turns_BP.put(s.num_masked_B - 1, 1)),
     "a turn in two places": (TURNS, lambda s, t: s.turns_BP.put(range(s.turns_BP.size), s.turns_BP > 0)),
     "a turn of seven tokens": ("a turn has at most 6", lambda s, t: merge_turns(s, 7)),
-    "a special id shown": ("text token is shown", lambda s, t: s.shown_BP.put(0, t.eos_id)),
+    "a special id shown": ("the original is shown", lambda s, t: s.shown_BP.put(0, t.eos_id)),
     "segment B empty": ("no segment is empty", lambda s, t: s.segment_boundary_B.put(0, s.length_B - 1)),
     "position beyond the sample": (ANY_RULE, lambda s, t: s.positions_BP.put(0, MAX_LENGTH)),
     "length beyond the sample": (ANY_RULE, lambda s, t: s.length_B.put(0, MAX_LENGTH + 1)),
@@ -306,12 +351,12 @@ BREACHES: dict[str, tuple[str, Callable[[SampleBatch, Tokenizer], None]]] = {
 def test_a_breach_of_a_rule_is_found_in_its_sample_alone(
     batch: SampleBatch, tokenizer: Tokenizer, rule: str, breach: Callable[[SampleBatch, Tokenizer], None]
 ) -> None:
-    assert all(holds_B.all() for holds_B in check_samples(batch, tokenizer).values())
+    assert all(holds_B.all() for holds_B in check_samples(batch, tokenizer, PAPER_MASKS, 0).values())
     is_short_B = (batch.length_B < MAX_LENGTH) & (batch.turns_BP.max(axis=1) > 3) & (batch.segment_boundary_B < 40)
     end_is_masked_B = (batch.positions_BP == batch.length_B[:, None] - 2).any(axis=1)
     row = int(np.flatnonzero(is_short_B & ~end_is_masked_B)[0])
     breach(batch[row : row + 1], tokenizer)
-    holds = check_samples(batch, tokenizer)
+    holds = check_samples(batch, tokenizer, PAPER_MASKS, 0)
     broken = [name for name in holds if not holds[name][row]]
     assert broken
     assert any(rule in name for name in broken), broken
@@ -323,7 +368,7 @@ def test_a_shard_that_breaks_a_rule_is_found_though_its_hash_is_right(
 ) -> None:
     folder = Path(shutil.copytree(written, tmp_path / "data"))
     shard = drawn.shard(SHARD_SAMPLES, SHARD_SAMPLES + 70)
-    shard.masks.places_KM["turn"][1, shard.masks.num_masked_B[:4].sum()] = 9
+    shard.masks.places_K[1]["turn"][shard.masks.num_masked_KB[1, :4].sum()] = 9
     manifest = read_data_manifest(folder)
     manifest["splits"]["train"][1] = shard.write(folder / "train-00001.h5")
     write_data_manifest(folder, {key: value for key, value in manifest.items() if key not in ("format", "version")})
@@ -331,7 +376,7 @@ def test_a_shard_that_breaks_a_rule_is_found_though_its_hash_is_right(
     assert list(find_faults(folder)) == [expected]
 
 
-@pytest.mark.parametrize(("name", "value"), [("length", MAX_LENGTH + 1), ("length", 5), ("num_masked", 10)])
+@pytest.mark.parametrize(("name", "value"), [("length", MAX_LENGTH + 1), ("length", 5), ("num_masked", 19)])
 def test_lengths_that_fit_neither_each_other_nor_the_data_set_are_damage(
     written: Path, tmp_path: Path, name: str, value: int
 ) -> None:

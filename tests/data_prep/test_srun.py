@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from held_build import Hold
-from support import REPOSITORY, assert_user_error, environment, files_of
+from support import PATIENCE_S, REPOSITORY, assert_user_error, environment, files_of
 
 from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer
@@ -65,14 +65,14 @@ def test_a_killed_rank_ends_the_job_and_the_next_gives_the_bytes_of_one_process(
     ranks = processes_of(held)
     assert len(ranks) == 2
     os.kill(ranks[-1], signal.SIGKILL)
-    errors = killed.communicate(timeout=60)[1]
+    errors = killed.communicate(timeout=PATIENCE_S)[1]
     assert killed.returncode != 0
     assert f"error: was killed, for example for want of memory; the last lines of {tmp_path}/data/logs/*.log" in errors
     assert not (tmp_path / "data" / MANIFEST).exists()
     assert not processes_of(held)
 
     done = start(slurm, *two_ranks, *command)
-    output, errors = done.communicate(timeout=120)
+    output, errors = done.communicate(timeout=PATIENCE_S)
     assert done.returncode == 0, errors
     assert output.count("documents: ") == 1
     assert (tmp_path / "data" / "logs" / "rank-0001.log").is_file()
@@ -83,7 +83,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_gives_the_bytes_of_one_process(
 def test_srun_without_mpi_is_refused(slurm: dict[str, str], command: list[str], tmp_path: Path) -> None:
     """Each process would make the whole data set, in the same folder."""
     alone = start(slurm, "--mpi=none", "--ntasks=2", *command)
-    output, errors = alone.communicate(timeout=60)
+    output, errors = alone.communicate(timeout=PATIENCE_S)
     errors = "\n".join(line for line in errors.splitlines() if not line.startswith("srun: error:"))
     done = subprocess.CompletedProcess(command, alone.returncode, output, errors)
     assert_user_error(done, "srun has started 2 processes without MPI", "srun --mpi=pmix")

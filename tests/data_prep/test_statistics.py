@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import floor, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -13,8 +14,9 @@ from support import cut_document
 
 from data_prep import masking
 from data_prep.draws import Decision, draw_words, scale_high_bits, word_of
-from data_prep.masking import draw_masks
-from data_prep.packing import Samples
+from data_prep.mask_settings import MaskSettings
+from data_prep.masking import draw_masks, max_draws
+from data_prep.packing import NUM_SPECIAL_TOKENS, Samples
 from data_prep.shards import SampleBatch, batch_of
 from data_prep.tokenizer import Tokenizer
 
@@ -70,17 +72,27 @@ class MaskedCorpus:
         return np.stack([vars(masks)[name] for masks in self.mask_sets])
 
 
+def mask_corpus(samples: Samples, tokenizer: Tokenizer, settings: MaskSettings) -> MaskedCorpus:
+    masks = draw_masks(
+        samples,
+        settings,
+        special_ids=tokenizer.special_ids,
+        normal_ids=tokenizer.normal_ids,
+        mask_id=tokenizer.mask_id,
+        seed=11,
+        first_sample=0,
+    )
+    most_masked = settings.max_masked(MAX_LENGTH, NUM_SPECIAL_TOKENS)
+    return MaskedCorpus([
+        batch_of(samples, num_masked_B, places_M, MAX_LENGTH, most_masked, tokenizer.pad_id).as_int64()
+        for num_masked_B, places_M in zip(masks.num_masked_KB, masks.places_K, strict=True)
+    ])  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def masked(corpus_ids: np.ndarray, tokenizer: Tokenizer, assemble_texts: Callable[..., Samples]) -> MaskedCorpus:
     samples = assemble_texts(cut_document(corpus_ids, MAX_LENGTH), seed=11, first_sample=0)
-    masks = draw_masks(
-        samples, special_ids=tokenizer.special_ids, normal_ids=tokenizer.normal_ids, mask_id=tokenizer.mask_id,
-        mask_sets=6, seed=11, first_sample=0,
-    )  # fmt: skip
-    return MaskedCorpus([
-        batch_of(samples, masks.num_masked_B, places, MAX_LENGTH, tokenizer.pad_id).as_int64()
-        for places in masks.places_KM
-    ])  # fmt: skip
+    return mask_corpus(samples, tokenizer, MaskSettings((0.15,) * 6))
 
 
 @pytest.mark.parametrize("bound", [2, 5, 7, 64, 595])
@@ -130,7 +142,7 @@ def test_the_segment_boundary_is_uniform(
 
 def test_forty_percent_of_the_draws_are_blocks_of_two_to_six_tokens_anywhere() -> None:
     words = draw_words(6, Decision.MASKS, 0, 400, 200)
-    draws = np.array([masking.block_draw(word, 100) for word in words.ravel()])
+    draws = np.array([masking.block_draw(word, 100, 0.4, 2, 6) for word in words.ravel()])
     starts, lengths = draws[:, 0], draws[:, 1]
     assert_share(int((lengths > 1).sum()), lengths.size, 0.4)
     counts = np.bincount(lengths.ravel(), minlength=7)
@@ -140,6 +152,84 @@ def test_forty_percent_of_the_draws_are_blocks_of_two_to_six_tokens_anywhere() -
     assert_distributed(np.bincount(starts.ravel(), minlength=100))
     is_block = lengths > 1
     assert_independent(starts[is_block] // 20, lengths[is_block] - 2, 5)
+
+
+@pytest.mark.parametrize(("share", "shortest", "longest"), [(0.4, 2, 6), (0.15, 1, 3), (0.75, 3, 10), (1.0, 2, 5)])
+def test_the_share_and_lengths_of_blocks_are_those_asked_for(share: float, shortest: int, longest: int) -> None:
+    words = draw_words(6, Decision.MASKS, 0, 400, 200).ravel()
+    is_block = words & np.uint64(2**32 - 1) < np.uint64(round(share * 2**32))
+    lengths = np.array([masking.block_draw(word, 100, share, shortest, longest)[1] for word in words])
+    assert (lengths[~is_block] == 1).all()
+    if share < 1:
+        assert_share(int(is_block.sum()), len(words), share)
+    counts = np.bincount(lengths[is_block], minlength=longest + 1)
+    assert not counts[:shortest].any()
+    assert len(counts) == longest + 1
+    assert_distributed(counts[shortest:])
+
+
+OTHERWISE = {
+    "falling": MaskSettings((0.3, 0.25, 0.2, 0.15)),
+    "half": MaskSettings((0.5, 0.5)),
+    "single tokens": MaskSettings((0.2, 0.4), 0.0),
+    "blocks of three": MaskSettings((0.3, 0.3), 1.0, (3, 3)),
+    "long blocks": MaskSettings((0.15, 0.4), 0.25, (8, 24)),
+}
+
+
+@pytest.fixture(scope="module")
+def samples(corpus_ids: np.ndarray, tokenizer: Tokenizer, assemble_texts: Callable[..., Samples]) -> Samples:
+    """Full samples of real text without unknown tokens, so that all of them have as many tokens to mask."""
+    known = corpus_ids[corpus_ids != tokenizer.unk_id]
+    whole = len(known) // (MAX_LENGTH - 3) * (MAX_LENGTH - 3)
+    return assemble_texts(np.split(known[:whole], whole // (MAX_LENGTH - 3)), seed=11, first_sample=0)
+
+
+@pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE)
+def test_other_rates_and_blocks(samples: Samples, tokenizer: Tokenizer, settings: MaskSettings) -> None:
+    """Exact shares, block lengths of the first turns, places all over the text, 80 / 10 / 10 shown."""
+    drawn = mask_corpus(samples, tokenizer, settings)
+    shortest, longest = settings.block_lengths
+    probability = Counter({1: 1 - settings.block_share})
+    for length in range(shortest, longest + 1):
+        probability[length] += settings.block_share / (longest - shortest + 1)
+    segment_tokens = np.stack([samples.segment_boundary_B - 2, samples.length_B - samples.segment_boundary_B - 1])
+    fits = {tokens: np.maximum(0, segment_tokens - tokens + 1).sum(axis=0) for tokens in probability}
+    weights = np.array([p * fits[tokens] for tokens, p in probability.items()])
+    expected = (weights / weights.sum(axis=0)).sum(axis=1)
+    for rate, masks in zip(settings.rates_K, drawn.mask_sets, strict=True):
+        used = masks.turns_BP > 0
+        assert (masks.num_masked_B == floor(rate * 509 + 0.5)).all()
+        assert (used.sum(axis=1) == masks.num_masked_B).all()
+        first = Counter((masks.turns_BP == 1).sum(axis=1).tolist())
+        is_likely = expected > 0
+        lengths = np.array(list(probability))[is_likely]
+        assert set(first) <= set(lengths.tolist())
+        if len(lengths) > 1:
+            assert_distributed(np.array([first[length] for length in lengths.tolist()]), expected[is_likely])
+        times = np.bincount(masks.positions_BP[used], minlength=MAX_LENGTH)[longest + 4 : -longest - 4]
+        margin = 5 * sqrt(rate * (1 - rate) / len(samples.length_B))
+        assert abs(times / len(samples.length_B) - times.mean() / len(samples.length_B)).max() < margin + 0.06 * rate
+    shown, used = drawn.stack("shown_BP"), drawn.used_KBP
+    is_mask, is_original = shown[used] == tokenizer.mask_id, shown[used] == drawn.originals_KBP[used]
+    chance = 0.1 / len(tokenizer.normal_ids)
+    counts = np.array([is_mask.sum(), (~is_mask & ~is_original).sum(), is_original.sum()])
+    assert_distributed(counts, np.array([0.8, 0.1 - chance, 0.1 + chance]))
+
+
+@pytest.mark.parametrize(
+    "settings", [*OTHERWISE.values(), MaskSettings((0.8,)), MaskSettings((0.6,), 0.9, (2, 6))],
+)  # fmt: skip
+def test_draws_do_not_run_out(
+    samples: Samples, tokenizer: Tokenizer, settings: MaskSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is filled up from the left would not be random. Had they run out, twice as many would give other positions."""
+    positions = []
+    for times in (1, 2):
+        allowed = lambda num_masked_B, rate, times=times: times * max_draws(num_masked_B, rate)  # noqa: E731
+        monkeypatch.setattr(masking, "max_draws", allowed)
+        positions.append(mask_corpus(samples, tokenizer, settings).stack("positions_BP"))
+    np.testing.assert_array_equal(*positions)
 
 
 def test_exactly_fifteen_percent_are_masked(masked: MaskedCorpus, tokenizer: Tokenizer) -> None:

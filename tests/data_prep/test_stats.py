@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -19,8 +20,12 @@ from data_prep.__main__ import make_parser
 from data_prep.corpus import Document, find_sources, read_documents
 from data_prep.files import write_manifest
 from data_prep.processes import LocalProcesses
+from data_prep.recipe import read_recipe
 from data_prep.shards import FORMAT, MANIFEST, SPLITS, VERSION, DataSet, Split, find_faults
-from data_prep.stats import FREQUENT, Measured, TextCounts, describe, draw, measure, read_recipe, summarize
+from data_prep.stats import Measured, measure
+from data_prep.stats_figure import draw
+from data_prep.stats_summary import FREQUENT, describe, summarize
+from data_prep.text_counts import TextCounts
 from data_prep.tokenizer import Tokenizer
 
 
@@ -196,6 +201,59 @@ def test_the_order_of_texts_does_not_matter() -> None:
         assert texts.share == found[0].share
         assert list(zip(texts.hashes_H.tolist(), texts.counts_HS[:, 0].tolist(), strict=True)) == plain
         assert not texts.counts_HS[:, 1].any()
+
+
+@pytest.fixture(scope="module")
+def falling(chapters: list[Path], build_data: Callable[..., bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set whose mask rate falls over three mask sets, with other blocks than the paper's."""
+    folder = tmp_path_factory.mktemp("falling") / "data"
+    masks = {"mask_sets": 3, "mask_rate": "0.4:0.1", "block_share": 0.7, "block_lengths": "3:5"}
+    assert build_data(chapters[:9], folder, validation_fraction=0.2, **masks)
+    return folder
+
+
+@pytest.mark.parametrize("fixture", ["data_folder", "falling"])
+def test_masks_are_those_of_the_samples(fixture: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(fixture)
+    data, masks = DataSet(folder), summarize(measured_of(folder))["masks"]
+    special = set(data.tokenizer.special_ids.tolist())
+    num_maskable = sum(token not in special for split in SPLITS for text in texts_of(folder, split)
+                       for token in np.frombuffer(text, np.uint16).tolist())  # fmt: skip
+    num_masked = [0] * data.num_mask_sets
+    lengths = Counter[int]()
+    for split in SPLITS:
+        for mask_set in range(data.num_mask_sets):
+            for turns in data.read_samples(split, 0, data.num_samples(split), mask_set).turns_BP.tolist():
+                num_masked[mask_set] += sum(turn > 0 for turn in turns)
+                if mask_set == 0:
+                    lengths.update(Counter(turn for turn in turns if turn).values())
+    num_blocks = lengths.total() - lengths[1]
+    assert masks == {
+        "rates": [0.15] * 2 if fixture == "data_folder" else [0.4, 0.25, 0.1],
+        "masked_shares": [n / num_maskable for n in num_masked],
+        "turn_lengths_tokens": {str(length): lengths[length] for length in sorted(lengths)},
+        "block_share_of_turns": num_blocks / lengths.total(),
+        "block_share_of_tokens": 1 - lengths[1] / num_masked[0],
+    }
+    assert masks["masked_shares"] == pytest.approx(masks["rates"], abs=0.005)
+
+
+def test_rates_of_a_data_set_are_told(data_folder: Path, falling: Path) -> None:
+    for folder, told in ((data_folder, r"masks: 1[45]\.\d\d% of the tokens of text; "),
+                         (falling, r"masks: (40|39)\.\d\d%, 2[45]\.\d\d%, (10|9)\.\d\d% \(by mask set\) of the tokens of text; ")):  # fmt: skip
+        line = next(line for line in describe(measured_of(folder)) if line.startswith("masks: "))
+        assert re.match(told + r"[\d.]+% of the turns are blocks, with [\d.]+% of the masked tokens$", line), line
+
+
+@pytest.mark.parametrize("steps", [1, 9, 30, 77, 200])
+def test_epochs_of_each_set_where_the_rate_falls(falling: Path, tmp_path: Path, steps: int) -> None:
+    recipe = tmp_path / "ds.json"
+    recipe.write_text(json.dumps({"train_batch_size": 32, "scheduler": {"params": {"total_num_steps": steps}}}))
+    num_samples = DataSet(falling).num_samples("train")
+    uses = summarize(measured_of(falling, recipe))["recipe"]["epochs_of_each_mask_set"]
+    num_epochs = ceil(32 * steps / num_samples)
+    sets = [3 * (sample // num_samples) // num_epochs for sample in range(32 * steps)]
+    assert uses == pytest.approx([sets.count(k) / num_samples for k in range(3)])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -235,8 +235,8 @@ def test_a_data_set_keeps_the_file(
 
 @pytest.fixture
 def vocabulary(tmp_path: Path) -> Callable[..., Path]:
-    def write(*entries: str, end: str = "\n") -> Path:
-        (tmp_path / "vocab.txt").write_bytes("".join(entry + end for entry in entries).encode())
+    def write(*entries: str, end: str = "\n", begin: str = "") -> Path:
+        (tmp_path / "vocab.txt").write_bytes((begin + "".join(entry + end for entry in entries)).encode())
         return tmp_path / "vocab.txt"
 
     return write
@@ -269,10 +269,40 @@ def test_a_named_entry_takes_the_role_and_keeps_its_id(vocabulary: Callable[...,
 
 
 @pytest.mark.parametrize(
+    ("end", "more"),
+    [("\n", {}), ("\r\n", {}), ("\n", {"begin": "\ufeff"}), ("\r\n", {"begin": "\ufeff"}), (" \n", {}), ("\t\r\n", {})],
+)
+@pytest.mark.parametrize("blank_lines_at_the_end", [0, 1, 3])
+def test_how_an_editor_saved_the_vocabulary_changes_nothing(
+    vocabulary: Callable[..., Path], end: str, more: dict[str, str], blank_lines_at_the_end: int
+) -> None:
+    entries = ["[PAD]", "the", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s"]
+    tokenizer = imported(vocabulary(*entries, *[""] * blank_lines_at_the_end, end=end, **more))
+    assert [tokenizer.piece(i) for i in range(tokenizer.vocab_size)] == entries
+    assert [tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id] == [0, 3, 6]
+    assert tokenizer.encode(["thes"]).tolist() == [1, 7]
+
+
+def test_a_repeated_entry_that_text_cannot_spell_keeps_its_ids(vocabulary: Callable[..., Path]) -> None:
+    """As in the vocabulary of UniLM v1.2."""
+    entries = ["[PAD]", "[unused0]", "[unused0]", "", "", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "[unused0]"]
+    tokenizer = imported(vocabulary(*entries))
+    assert tokenizer.vocab_size == len(entries)
+    named = {3: "[unused, line 3]", 5: "[unused, line 5]", 11: "[unused, line 11]"}
+    expected = [named.get(line, entry) for line, entry in enumerate(entries, start=1)]
+    assert [tokenizer.piece(i) for i in range(tokenizer.vocab_size)] == expected
+    assert [tokenizer.unk_id, tokenizer.mask_id] == [5, 8]
+    assert tokenizer.normal_ids.tolist() == [9]
+    assert tokenizer.encode(["the [unused, line 3] [unused0]"]).tolist() == [9, *[5] * 9]
+
+
+@pytest.mark.parametrize(
     ("entries", "pieces", "fault"),
     [
         (["the", "[PAD]"], {}, r"vocab\.txt: has no line \[UNK\]; expected a BERT vocab\.txt"),
         (["[UNK]", "a", "b", "a"], {}, r"vocab\.txt: line 4: 'a' is line 2 too"),
+        (["[UNK]", "##a", "##a"], {}, r"vocab\.txt: line 3: '##a' is line 2 too"),
+        (["[UNK]", "[PAD]", "[PAD]"], {}, r"vocab\.txt: line 3: '\[PAD\]' is line 2 too"),
         (["[UNK]", "the"], {"MASK": "the"}, r"--mask_piece the: is text in .*vocab\.txt"),
         (["[UNK]", "##the"], {"SOS": "##the"}, r"--sos_piece ##the: is text in"),
         (["[UNK]"], {"MASK": "[unused7]"}, r"--mask_piece \[unused7\]: .*vocab\.txt has no such entry"),

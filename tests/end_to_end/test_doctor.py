@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, deepspeed_json, free_port
+from support import PATIENCE_S, REPOSITORY, deepspeed_json, free_port
 from two_hosts import HOSTS, TwoHosts, in_namespace
 
 from pretrain import doctor
@@ -94,7 +94,11 @@ def faulty(two_hosts: TwoHosts, data_folder: Path, tmp_path_factory: pytest.Temp
         taken.listen()
         command = [sys.executable, "-m", "pretrain.doctor", *flags, "--master_port", str(taken.getsockname()[1])]
         done = subprocess.run(
-            in_namespace(here, f"exec {' '.join(command)}"), text=True, capture_output=True, timeout=120, check=False
+            in_namespace(here, f"exec {' '.join(command)}"),
+            text=True,
+            capture_output=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
     assert done.returncode == 1, done.stderr
     return rows_of(done.stdout)

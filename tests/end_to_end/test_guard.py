@@ -41,6 +41,19 @@ class BrokenOnce(PMLM):
         return super().forward(layout)
 
 
+class BrokenEarly(PMLM):
+    """A weight becomes NaN before the run's second step."""
+
+    num_batches = 0
+
+    def forward(self, layout: Layout) -> PretrainingLosses:
+        self.num_batches += self.training
+        if self.training and self.num_batches == 2:
+            with torch.no_grad():
+                self.cls.predictions.bias.fill_(torch.nan)
+        return super().forward(layout)
+
+
 class LargeInSome(PMLM):
     """The losses of some training batches, counted from the process's start, are far too large."""
 
@@ -92,7 +105,7 @@ def _runs(rank: int, ports: list[int], data: Path, folder: Path) -> None:
     )  # fmt: skip
     runs: list[tuple[str, int, type | None]] = [
         ("sound", 2, None), ("nan", 2, BrokenOnce), ("resumed", 2, None), ("elastic", 3, None), ("lost", 2, Broken),
-        ("spike", 2, Spiked), ("collapse", 2, Overflowing),
+        ("spike", 2, Spiked), ("collapse", 2, Overflowing), ("early", 2, BrokenEarly),
     ]  # fmt: skip
     for name, world_size, model_class in runs:
         run, port = folder / name, ports.pop(0)
@@ -113,7 +126,7 @@ def _runs(rank: int, ports: list[int], data: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(data_folder: Path, forking_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guard")
-    forking_ranks(_runs, [free_port() for _ in range(7)], data_folder, folder)
+    forking_ranks(_runs, [free_port() for _ in range(8)], data_folder, folder)
     return folder
 
 
@@ -150,6 +163,19 @@ def test_so_it_does_from_a_spike_and_where_the_loss_scale_is_spent(runs: Path, n
     assert all(0 < record["ae_loss"] < 10 for record in found.values())
 
 
+def test_before_the_first_checkpoint_it_goes_back_to_the_initial_weights(runs: Path) -> None:
+    """The skipped samples are the first two steps'; the schedule begins anew."""
+    sound, found = steps_of(runs / "sound"), steps_of(runs / "early")
+    assert sorted(found) == list(range(1, STEPS + 1))
+    for step, record in found.items():
+        assert record["samples_consumed"] == (step + 2) * BATCH
+        assert record["learning_rate"] == sound[step]["learning_rate"]
+        assert record["ae_loss"] == pytest.approx(sound[step]["ae_loss"], rel=0.1)
+    (fault,) = [r for r in read_records(runs / "early") if r["kind"] == "fault"]
+    assert (fault["step"], fault["fault_step"], fault["first_sample"], fault["stop_sample"]) == (0, 2, 0, 48)
+    assert "back to the initial weights, samples 0 to 47" in (runs / "early" / "console.txt").read_text()
+
+
 def test_a_later_resume_skips_the_same_samples(runs: Path) -> None:
     """From the checkpoint before the window: to the bit at the same number of ranks, to rounding at another."""
     expected = steps_of(runs / "nan")
@@ -168,29 +194,32 @@ def test_the_fault_names_its_samples(runs: Path, data_folder: Path) -> None:
     assert read_json(folder / "fault.json")["reason"] == "loss is not finite"
 
 
-def _replayed(run: Path, port: int, out: Path) -> None:
+def _replayed(run: Path, fault: str, port: int, out: Path) -> None:
     os.environ |= {"WORLD_SIZE": "1", "MASTER_PORT": str(port)}
     console = io.StringIO()
-    replay(run, "6", None, BATCH, console)
+    replay(run, fault, None, BATCH, console)
     out.write_text(console.getvalue())
 
 
-def _replay(rank: int, run: Path, port: int, out: Path) -> None:
+def _replay(rank: int, run: Path, fault: str, port: int, out: Path) -> None:
     if rank == 0:
-        in_child(_replayed, run, port, out)
+        in_child(_replayed, run, fault, port, out)
 
 
-def test_replay_shows_the_steps_and_their_samples(runs: Path, forking_ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("nan", (5, 6)), ("early", (1, 2))])
+def test_replay_shows_the_steps_and_their_samples(
+    runs: Path, forking_ranks: Ranks, tmp_path: Path, name: str, steps: tuple[int, int]
+) -> None:
     """The weight that the test broke is not broken here: the losses are those of the sound run. The checkpoint, which
     --keep_last 1 would have removed, is still there; nothing in the run's folder changes."""
-    run = runs / "nan"
+    run = runs / name
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    forking_ranks(_replay, run, free_port(), tmp_path / "replay.txt")
+    forking_ranks(_replay, run, str(steps[1]), free_port(), tmp_path / "replay.txt")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     lines = (tmp_path / "replay.txt").read_text().splitlines()
-    assert lines[0] == "step 6: loss is not finite"
+    assert lines[0] == f"step {steps[1]}: loss is not finite"
     assert len(lines) == 1 + 2 * (1 + BATCH)
-    for step, line in ((5, lines[1]), (6, lines[2 + BATCH])):
+    for step, line in zip(steps, (lines[1], lines[2 + BATCH]), strict=True):
         expected = steps_of(runs / "sound")[step]
         words = line.split()
         assert words[:2] == ["step", str(step)]

@@ -8,8 +8,17 @@ from typing import Any
 
 import psutil
 import pytest
-from support import HOSTFILE_COMMAND, REPOSITORY, assert_user_error, deepspeed_json, environment, free_port, run_command
-from two_hosts import HOSTS, TwoHosts
+from support import (
+    HOSTFILE_COMMAND,
+    PATIENCE_S,
+    REPOSITORY,
+    assert_user_error,
+    deepspeed_json,
+    environment,
+    free_port,
+    run_command,
+)
+from two_hosts import HOSTS, TwoHosts, run_on_two_networks
 
 from pretrain.metrics import MEASURED, read_records
 
@@ -91,8 +100,15 @@ def test_torchrun_on_two_nodes_gives_the_same_run(pdsh_run: Path, flags: list[st
         )
         for node in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    outputs = [node.communicate(timeout=PATIENCE_S)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert curve(tmp_path / "run") == curve(pdsh_run)
+
+
+def test_ranks_started_by_hand_on_two_hosts_give_the_same_run(pdsh_run: Path, flags: list[str], tmp_path: Path) -> None:
+    """They are given what the error below asks for, and no more: nothing tells how many of them share a host."""
+    done = run_on_two_networks(["python", *flags, "--run", str(tmp_path / "run")], tmp_path)
+    assert done.returncode == 0, done.stdout
     assert curve(tmp_path / "run") == curve(pdsh_run)
 
 

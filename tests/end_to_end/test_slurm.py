@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, deepspeed_json, environment
+from support import PATIENCE_S, REPOSITORY, deepspeed_json, environment
 
 from pretrain.metrics import read_records
 
@@ -46,7 +46,7 @@ class Cluster:
         return path.read_text() if path.exists() else ""
 
     def wait_until(self, is_so: Callable[[], bool], *jobs: str) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while not is_so():
             assert time.monotonic() < deadline, [(job, self.state(job), self.output(job)) for job in jobs]
             time.sleep(0.2)

@@ -89,6 +89,7 @@ def train_there(model: Any, batch_of: Any, targets: torch.Tensor) -> list[tuple[
     return steps
 
 
+@pytest.mark.slow
 def test_a_training_without_dropout_is_that_of_transformers(
     bert: tuple[Any, Path], sentences: list[tuple[str, str]], tmp_path: Path
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_pooler_that_does_not_fit_is_named(
         load_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_dropout_disturbs_gradients_as_much_as_that_of_transformers(
     bert: tuple[Any, Path], sentences: list[tuple[str, str]]
 ) -> None:

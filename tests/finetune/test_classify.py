@@ -68,6 +68,7 @@ def best_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_it_learns_and_predicts(trained: Path, folder: Path, command: Command, tmp_path: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["validation"]["accuracy"] > 0.75  # chance: 0.5
@@ -110,6 +111,7 @@ def test_a_launcher_that_tells_too_little_is_not_called_pretraining(
     assert "run_pretrain" not in err
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_bit(
     trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
@@ -138,6 +140,7 @@ def test_an_interrupted_training_goes_on_to_the_bit(
     assert command(*training(folder, run))[0] == 0  # finished: nothing is done again
 
 
+@pytest.mark.slow
 def test_dropout_is_the_weights_own_or_as_told(trained: Path, folder: Path, command: Command, tmp_path: Path) -> None:
     own = read_export(folder / "weights").config.dropout
     assert own == Classifier.load(trained).model.config.dropout == 0.1
@@ -152,6 +155,7 @@ def test_dropout_is_the_weights_own_or_as_told(trained: Path, folder: Path, comm
     assert "dropout" in err
 
 
+@pytest.mark.slow
 def test_regression_of_pairs_with_seeds_in_bf16(folder: Path, command: Command, tmp_path: Path) -> None:
     words = ("--regression", "--label_column", "length", "--pair_column", "next", "--seeds", 2, "--epochs", 2)
     more = ("--precision", "bf16", "--patience", 1, "--eval_steps", 8, "--layer_decay", 0.9)
@@ -175,6 +179,7 @@ def test_regression_of_pairs_with_seeds_in_bf16(folder: Path, command: Command, 
     assert all(isinstance(value, float) for value in values)
 
 
+@pytest.mark.slow
 def test_grid(folder: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRID, "learning_rate", (1e-5, 2e-3))
     for name, values in (("batch_size", (32,)), ("warmup", (0.1,)), ("weight_decay", (0.01,)), ("epochs", (1,))):
@@ -218,6 +223,7 @@ def glue_files(folder: Path, name: str, sentences: list[tuple[str, str]]) -> Non
         (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cola", "mnli", "sts-b", "qqp"])
 def test_glue(name: str, folder: Path, sentences: list[tuple[str, str]], command: Command, tmp_path: Path) -> None:
     glue_files(tmp_path, name, sentences[:40])

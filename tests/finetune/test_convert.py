@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import transformers
 from models import stored
@@ -32,6 +33,7 @@ def converted(source: Path, folder: Path, *forms: str) -> Path:
     return paths[-1]
 
 
+@pytest.mark.slow
 def test_all_forms_lead_back_to_the_same_bytes(export: Path, tmp_path: Path) -> None:
     again = converted(export, tmp_path, "unilm", "huggingface", "unilm-", "pmlm")
     assert files_of(again) == files_of(export)

@@ -64,6 +64,7 @@ def assert_same_ids(ours: Tokenizer, fast: tokenizers.Tokenizer, text: str) -> N
         assert sums[0] == pytest.approx(sums[1], rel=1e-5), ascii(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(text=TEXTS)
 @example("e\u0301 E\u0301 q\u0301x\u0301\u0327A\u030a\u0301")

@@ -137,6 +137,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "trained", "no relative bias"])
 def test_search_is_that_of_computing_everything_anew(kind: str, trained_model: PMLM) -> None:
     bias = {"relative_buckets": 0} if kind == "no relative bias" else {}

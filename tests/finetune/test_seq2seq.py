@@ -415,6 +415,7 @@ def copied(copying: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_to_copy(copied: Path, copying: Path) -> None:
     values = json.loads((copied / "summary.json").read_text())["validation"]
     assert values["token_accuracy"] > 0.95
@@ -434,6 +435,7 @@ def test_a_tiny_model_learns_to_copy(copied: Path, copying: Path) -> None:
         assert tokenizer.decode(found.hypotheses[0].tokens) == row["text"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_bit(
     copied: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
@@ -462,7 +464,7 @@ def test_an_interrupted_training_goes_on_to_the_bit(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_launchers_train_what_one_process_does(copying: Path, command: Command, tmp_path: Path) -> None:
     """torchrun, and DeepSpeed's launcher with ZeRO-2: the same weights but for the rounding of sums."""
     few = ("--epochs", 12, "--eval_steps", 12, "--micro_batch_size", 4, "--learning_rate", 1e-3)

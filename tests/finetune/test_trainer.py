@@ -118,6 +118,7 @@ def test_two_ranks_are_one_process_with_zero_and_without(
     assert_close(best(tmp_path / "alone"), expected, 2e-4)
 
 
+@pytest.mark.slow
 def test_fp16_goes_on_to_the_bit(in_one_process: Path, classify_folder: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, precision="fp16")
     train(0, 1, classify_folder, tmp_path / "whole", settings)

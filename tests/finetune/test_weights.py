@@ -296,6 +296,7 @@ def test_a_vocabulary_is_cased_if_its_config_or_its_entries_say_so(vocabulary: P
         assert load_pretrained(folder).tokenizer.sha256 == expected.sha256
 
 
+@pytest.mark.slow
 def test_loading_needs_neither_deepspeed_nor_transformers(word_piece: Tokenizer, tmp_path: Path) -> None:
     export = tmp_path / "export"
     write_export(export, stored(word_piece))

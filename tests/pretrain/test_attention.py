@@ -16,6 +16,8 @@ from pretrain.attention_flex import mask_mod, score_mod
 from pretrain.layout import CONTEXT, GIVEN, PSEUDO, Layout, Objective, pseudo_masked_layout, visible
 from pretrain.model import PMLM, PMLMConfig
 
+pytestmark = pytest.mark.old_processor
+
 HEADS, HEAD_SIZE = 4, 8
 
 
@@ -197,6 +199,7 @@ def test_cpu_never_holds_more_scores_than_a_sample_or_a_bounded_group_has_nor_bo
     assert largest.num_bools <= max(of_a_sample, (1 << 18) // 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_few_shapes_reach_the_products_whatever_the_lengths(is_autocast: bool) -> None:
     """In 16 bits oneDNN compiles code for each, and remembers 1,024."""

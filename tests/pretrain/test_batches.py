@@ -168,12 +168,40 @@ def test_an_epoch_uses_its_mask_set(data_set: DataSet) -> None:
     assert by_epoch[0] == by_epoch[2]
 
 
+@pytest.fixture(scope="module")
+def falling(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    """The same samples in four mask sets, of which 40% to 10% are masked."""
+    folder = tmp_path_factory.mktemp("falling")
+    with LocalProcesses(1) as processes:
+        remask(data_folder, folder, {"mask_sets": 4, "mask_rate": "0.4:0.1"}, processes)
+    return DataSet(folder)
+
+
+@pytest.mark.parametrize("num_epochs", [1, 3, 4, 6, 9])
+def test_where_the_rate_falls_an_epoch_uses_the_set_of_its_part_of_the_run(falling: DataSet, num_epochs: int) -> None:
+    """Epoch e of E uses set floor(e K / E), whichever part of it the run still sees; past the end the last rate stays."""
+    num_samples = falling.num_samples("train")
+    total_samples = num_epochs * num_samples - num_samples // 2
+    share = Share(0, 1, num_samples, 1)
+    batches = TrainingBatches(falling, Objective.AE_PAR, share, seed=5, total_samples=total_samples)
+    num_masked = [falling.read_samples("train", 0, num_samples, k).num_masked_B.sum() for k in range(4)]
+    assert num_masked == sorted(num_masked, reverse=True)
+    found = [batches.step(epoch * num_samples)[0].num_targets for epoch in range(num_epochs + 2)]
+    expected = [num_masked[epoch * 4 // num_epochs] for epoch in range(num_epochs)]
+    assert found == [*expected, num_masked[3], num_masked[3]]
+
+
+def test_a_falling_rate_needs_the_length_of_the_run(falling: DataSet) -> None:
+    with pytest.raises(ValueError, match="its mask rate changes over a run, and the length of this one is not known"):
+        TrainingBatches(falling, Objective.AE_PAR, Share(0, 1, 8, 1), seed=5)
+
+
 def test_memory_does_not_grow_with_the_mask_sets(
     data_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches_module, "WINDOW_CHUNKS", 2)  # of a data set of as many chunks as there are here
     with LocalProcesses(1) as processes:
-        remask(data_set.folder, tmp_path, 1, 6, processes)
+        remask(data_set.folder, tmp_path, {"seed": 1, "mask_sets": 6}, processes)
 
     def peak_bytes(data: DataSet) -> int:
         batches = TrainingBatches(data, Objective.AE_PAR, Share(0, 1, 64, 1), seed=0)

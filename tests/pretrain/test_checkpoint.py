@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from ranks import Ranks
 from support import VOCAB_SIZE, deepspeed_json, make_checkpoint
 from torch import distributed
 
-from pretrain.checkpoint import newest_whole
+from data_prep.files import read_manifest, write_manifest
+from pretrain.checkpoint import FORMAT, Checkpoint, checkpoints_by_step, newest_whole
+from pretrain.checkpoint_store import CheckpointStore, _check_identity
 from pretrain.model import PMLM, PMLMConfig
+from pretrain.order import Cursor
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "shards/mp_rank_00_model_states.pt"])
@@ -31,7 +35,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, file: str
         victim.write_bytes({"flipped": content, "cut": content[:-9], "empty": b""}[damage])
     checkpoint, passed_over = newest_whole(tmp_path)
     assert checkpoint is not None
-    assert (checkpoint.step, checkpoint.samples_consumed) == (100, 3200)
+    assert (checkpoint.step, checkpoint.states["cursor"]["samples_consumed"]) == (100, 3200)
     assert len(passed_over) == 1
     assert passed_over[0].startswith("passed over checkpoint step00000200: ")
 
@@ -69,12 +73,64 @@ def test_none_whole_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
         newest_whole(tmp_path)
 
 
+def test_a_foreign_folder_is_no_checkpoint_and_never_the_newest(tmp_path: Path) -> None:
+    """Whatever somebody put there: copies, other names, a file."""
+    whole = make_checkpoint(tmp_path, 2)
+    for name in ("step00000002-keep", "step2", "step00000009.old", "stepping_stones", "step٠٠٠٠٠٠٠٩"):
+        shutil.copytree(whole, whole.with_name(name))
+    whole.with_name("step.txt").write_text("notes")
+    checkpoint, told = newest_whole(tmp_path)
+    assert checkpoint
+    assert checkpoint.folder == whole
+    assert len(told) == 6
+    assert all("not named as a checkpoint" in line for line in told)
+    shutil.rmtree(whole)
+    with pytest.raises(ValueError, match=r"none of 0 checkpoints is whole .*step00000002-keep: not named as"):
+        newest_whole(tmp_path)  # to begin anew would be to lose what they are copies of
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (100_000_000, 99_999_999, 7):
+        make_checkpoint(tmp_path, step)
+    assert list(checkpoints_by_step(tmp_path)) == [7, 99_999_999, 100_000_000]
+    newest = newest_whole(tmp_path)[0]
+    assert newest
+    assert newest.step == 100_000_000
+
+
+def test_a_checkpoint_of_the_older_version_is_read(tmp_path: Path) -> None:
+    manifest = make_checkpoint(tmp_path, 3) / "manifest.json"
+    values = read_manifest(manifest, FORMAT, 2)
+    del values["states"], values["format"], values["version"]
+    window = {"first_sample": 32, "stop_sample": 64, "checkpoint_step": 1, "fault": "step00000002"}
+    older = {"samples_consumed": 128, "skipped": [window], "recent_steps": [[3, 6.5, 1.25]]}
+    write_manifest(manifest, FORMAT, 1, values | older)
+    checkpoint = newest_whole(tmp_path)[0]
+    assert checkpoint
+    assert Cursor(32, checkpoint.states["cursor"]).state_dict() == {"samples_consumed": 128, "skipped": [[32, 64]]}
+    assert checkpoint.states["guard"] == {"recent_steps": [[3, 6.5, 1.25]]}
+    CheckpointStore._rewrite_state(manifest.parent, "cursor", lambda state: state | {"samples_consumed": 5})
+    checkpoint = newest_whole(tmp_path)[0]
+    assert checkpoint
+    assert checkpoint.manifest["version"] == 2
+    assert checkpoint.states["cursor"] == {"samples_consumed": 5, "skipped": [[32, 64]]}
+    assert checkpoint.states["guard"] == {"recent_steps": [[3, 6.5, 1.25]]}
+    assert not older.keys() & checkpoint.manifest.keys()
+
+
+def test_what_differs_from_the_run_that_saved_is_named_alone(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, {"identity": {"model": {"hidden_size": 32, "dropout": 0.1}, "seed": 0}})
+    _check_identity(checkpoint, {"model": {"hidden_size": 32, "dropout": 0.1}, "seed": 0})
+    with pytest.raises(ValueError, match=r"another kind of run: model\.hidden_size was 32 and is now 64; put") as error:
+        _check_identity(checkpoint, {"model": {"hidden_size": 64, "dropout": 0.1}, "seed": 0})
+    assert "dropout" not in str(error.value)
+
+
 # ---- saving, on two ranks
 
 
 def _store(run: Path, keep_last: int = 1) -> Any:
     """Weights and moments of 3 MB."""
-    from pretrain.checkpoint_store import CheckpointStore
     from pretrain.ds_config import DeepSpeedConfig
     from pretrain.engine import Engine
 
@@ -164,3 +220,53 @@ def _save_step_8(rank: int, run: Path) -> None:
     store._engine._engine.global_steps = 8
     store.save({"samples_consumed": 0})
     assert store.finish() is None
+
+
+def _save_where_old_ones_cannot_go(rank: int, run: Path) -> None:
+    """Of the checkpoints of three saves, the first is a mount point, which cannot be renamed; beside them is a copy."""
+    store = _store(run)
+    told: list[str] = []
+    for step in (1, 2, 3, 4):
+        store._engine._engine.global_steps = step
+        if rank == 0 and step == 2:
+            shutil.copytree(run / "checkpoints" / "step00000001", run / "checkpoints" / "step00000001-keep")
+            pinned = str(run / "checkpoints" / "step00000001")
+            subprocess.run(["mount", "--bind", pinned, pinned], check=True)
+        distributed.barrier()
+        store.save({})
+        assert store.finish() is None
+        told += [line for save in store.saved() for line in save.not_removed]
+    if rank == 0:
+        subprocess.run(["umount", pinned], check=True)
+        assert len(told) == 1, "each is told once"
+        assert "step00000001: an old checkpoint, could not be removed: " in told[0]
+        names = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert names == ["step00000001", "step00000001-keep", "step00000004"]
+
+
+@pytest.mark.slow
+def test_an_old_checkpoint_that_stays_is_told_and_no_failure(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks(_save_where_old_ones_cannot_go, tmp_path / "run")
+
+
+def _fail_in_the_thread(rank: int, run: Path) -> None:
+    """Errors of our own in the thread do not end saving: one while files are hashed, one while old checkpoints are removed."""
+    store = _store(run)
+    flush = store._flush_own_files
+    for step in (1, 2, 3):
+        store._engine._engine.global_steps = step
+        store._flush_own_files = (lambda folder: {}["a defect"]) if step == 1 and rank == 1 else flush
+        store._steps_to_keep = (lambda: {}["a defect"]) if step == 2 else set
+        store.save({})
+        failure, saved = store.finish(), store.saved()
+        assert bool(failure) == (step == 1)
+        if rank == 0:
+            words = f"{failure} {saved[0].not_removed}"
+            assert ("KeyError: 'a defect'" in words) == (step < 3)
+    if rank == 0:
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step00000003"]
+
+
+@pytest.mark.slow
+def test_a_defect_in_the_thread_is_told_and_the_next_save_succeeds(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks(_fail_in_the_thread, tmp_path / "run")

@@ -12,6 +12,8 @@ from pretrain.cross_entropy import cross_entropy_in_chunks
 from pretrain.layout import Objective, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig
 
+pytestmark = pytest.mark.old_processor
+
 
 def made_up(num_predictions: int, dtype: torch.dtype, vocab_size: int = 50) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.dropout import Dropout, draw_seed, dropout, kept_scale, zero_dropped_
 
+pytestmark = pytest.mark.old_processor
+
 N = 1 << 22
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ from support import RECIPES, REPOSITORY, deepspeed_json
 
 from pretrain.device import Speeds
 from pretrain.ds_config import BatchSizes, DeepSpeedConfig
+
+
+def schedule(type: Any = "WarmupDecayLR", **changes: Any) -> dict[str, Any]:
+    return {"scheduler": {"type": type, "params": {"total_num_steps": 40, **changes}}}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
@@ -41,7 +47,7 @@ def test_zero2_is_the_papers_recipe() -> None:
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, ["unknown key scheduler.params.warmup_steps"]),
         ({"optimizer": {"type": "Adam", "params": {"lr": 1, "beta": 2}}}, ["unknown key optimizer.params.beta"]),
         ({"optimizer": {"type": "SGD", "params": {"lr": 1}}}, ["optimizer.type: expected Adam or AdamW, found 'SGD'"]),
-        ({"optimizer": None, "gradient_clipping": None}, ["optimizer: expected an object", "gradient_clipping is missing"]),
+        ({"optimizer": None, "gradient_clipping": None}, ["optimizer is missing", "gradient_clipping is missing"]),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["fp16 and bf16 are both enabled"]),
         ({"fp16": {"enabled": "yes"}}, ["fp16.enabled: expected true, false or \"auto\", found 'yes'"]),
         ({"bf16": {"enabled": 1}}, ["bf16.enabled: expected true, false or \"auto\", found 1"]),
@@ -54,6 +60,23 @@ def test_zero2_is_the_papers_recipe() -> None:
         ({"train_batch_size": None, "train_micro_batch_size_per_gpu": None}, ["train_batch_size or train_micro"]),
         ({"fp16": True}, ["fp16: expected an object, found True"]),
         ({"a": 1, "b": 2}, ["unknown key a", "unknown key b"]),
+        (schedule(type="WarmupDecayLr"), ["scheduler.type: expected WarmupLR, ", "found 'WarmupDecayLr' (did you mean WarmupDecayLR?)"]),
+        (schedule(type=3), ["scheduler.type: expected WarmupLR, "]),
+        ({"scheduler": {"params": {}}}, ["scheduler.type: expected WarmupLR, "]),
+        (schedule(total_num_steps="40"), ["scheduler.params.total_num_steps: expected a whole number of at least 1, found '40'"]),
+        (schedule(total_num_steps=1.5), ["scheduler.params.total_num_steps: expected a whole number of at least 1, found 1.5"]),
+        (schedule(total_num_steps=True), ["scheduler.params.total_num_steps: expected a whole"]),
+        (schedule(total_num_steps=math.inf), ["scheduler.params.total_num_steps: expected a whole"]),
+        (schedule(warmup_num_steps=0, warmup_max_lr="1e-3"), ["warmup_num_steps: expected a whole", "warmup_max_lr: expected a valid number"]),
+        (schedule(warmup_max_lr=math.nan), ["scheduler.params.warmup_max_lr: expected a finite number, found nan"]),
+        (schedule(warmup_type="square"), ["scheduler.params.warmup_type: expected 'log' or 'linear', found 'square'"]),
+        (schedule(type="WarmupLR"), ["unknown key scheduler.params.total_num_steps"]),
+        (schedule(total_steps=3), ["unknown key scheduler.params.total_steps (did you mean scheduler.params.total_num_steps?)"]),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": {}}}, ["scheduler.params.total_num_steps is missing"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": "6e-4", "betas": [0.9]}}}, ["optimizer.params.lr: ", "optimizer.params.betas: "]),
+        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, ["zero_optimization.elastic_checkpoint: leave it out"]),
+        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage: expected 1, 2 or 3, found True"]),
+        ({"gradient_clipping": "off"}, ["gradient_clipping: expected a valid number, found 'off'"]),
     ],
 )  # fmt: skip
 def test_faults_are_named(tmp_path: Path, changes: dict[str, Any], faults: list[str]) -> None:
@@ -64,6 +87,25 @@ def test_faults_are_named(tmp_path: Path, changes: dict[str, Any], faults: list[
     assert "\n" not in str(error.value)
     for fault in faults:
         assert fault in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["scheduler", "optimizer", "fp16", "bf16", "zero_optimization", "data_types", "tensorboard", "flops_profiler"],
+)
+@pytest.mark.parametrize("value", ["null", "3", "[]", '"auto"'])
+def test_a_section_that_is_no_object_is_refused(tmp_path: Path, section: str, value: str) -> None:
+    values = json.loads(deepspeed_json(tmp_path / "ds.json").read_text()) | {section: json.loads(value)}
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{section}: expected an object"):
+        DeepSpeedConfig(tmp_path / "ds.json")
+
+
+def test_a_number_of_steps_may_be_written_as_5e5(tmp_path: Path) -> None:
+    path = deepspeed_json(tmp_path / "ds.json", **schedule(total_num_steps=5e5, warmup_num_steps=2.4e4))
+    config = DeepSpeedConfig(path)
+    assert (config.total_steps, type(config.total_steps)) == (500_000, int)
+    assert type(config.values["scheduler"]["params"]["warmup_num_steps"]) is int
 
 
 def test_what_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:

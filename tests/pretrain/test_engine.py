@@ -18,7 +18,7 @@ from pretrain.ds_config import DeepSpeedConfig
 from pretrain.layout import Objective, pseudo_masked_layout
 from pretrain.model import PMLM, PMLMConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.old_processor]
 
 FP32 = {"fp16": None, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
 
@@ -149,6 +149,46 @@ def test_adam_goes_on_to_the_bit_after_a_resume(two_ranks: Ranks, tmp_path: Path
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def _step_reset_and_step(rank: int, config: Path) -> None:
+    """The same steps before and after a reset, whose loss scale has fallen and whose learning rate is another by then."""
+    from pretrain.engine import Engine
+
+    running = Engine(small_model(), DeepSpeedConfig(config))
+    layouts = [
+        pseudo_masked_layout(random_batch(8, seed=10 * n + rank), Objective.AE_PAR, mask_id=MASK) for n in range(5)
+    ]
+    found: list[list[Any]] = []
+    for is_again in (False, True):
+        if is_again:
+            running.reset(small_model())
+        values: list[Any] = []
+        for layout in layouts:
+            rate = running.learning_rate
+            losses = running(layout)
+            running.backward((losses.ae_sum + losses.par_sum) / 400)
+            running.step()
+            values += [running.steps, rate, running.loss_scale, running.skipped_steps, float(losses.ae_sum)]
+        found.append(values)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_reset_engine_does_the_same_steps_to_the_bit(
+    two_ranks: Ranks, tmp_path: Path, precision: str, stage: int
+) -> None:
+    sections: dict[str, Any] = {
+        "fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2, "hysteresis": 1},
+        "bf16": {"enabled": True},
+    }
+    config = deepspeed_json(
+        tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8, zero_optimization={"stage": stage},
+        scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 3}},
+        **{precision: sections[precision]},
+    )  # fmt: skip
+    two_ranks(_step_reset_and_step, config)
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Adam"])
 def test_the_optimizer_is_adam_as_the_json_describes_it(name: str) -> None:
     """20 steps in float64 by the formulas of Loshchilov and Hutter, and with adam_w_mode false by those of Kingma and Ba."""
@@ -177,37 +217,73 @@ def test_the_optimizer_is_adam_as_the_json_describes_it(name: str) -> None:
         torch.testing.assert_close(found.detach().double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def _twenty_steps_of_each(rank: int, config: Path, out: Path) -> None:
-    """With the engine's optimizer, and with the one that DeepSpeed makes of the same JSON."""
-    from pretrain import engine
+def _twenty_steps_of_each(rank: int, config: Path, folder: Path) -> None:
+    """With the engine's optimizer, and with the one that DeepSpeed makes of the same JSON; its checkpoint is resumed."""
+    from pretrain.engine import Engine
 
     found = []
     for is_deepspeeds in (False, True):
         with mock.patch.object(DeepSpeedConfig, "offloads_optimizer", is_deepspeeds):
-            running = engine.Engine(small_model(), DeepSpeedConfig(config))
+            running = Engine(small_model(), DeepSpeedConfig(config))
         for step in range(20):
-            batch = random_batch(8, seed=10 * step + rank)
-            losses = running(pseudo_masked_layout(batch, Objective.AE_PAR, mask_id=MASK))
-            running.backward((losses.ae_sum + losses.par_sum) / 400)
-            running.step()
+            _train(running, 10 * step + rank)
         optimizer = type(running._optimizer.optimizer).__name__
         found.append((optimizer, {name: running.whole(p) for name, p in running.module.named_parameters()}))
+    assert running.save_shards(folder, "deepspeeds") is None
+    resumed = Engine(small_model(), DeepSpeedConfig(config))
+    resumed.load_shards(folder, "deepspeeds")
+    assert resumed.num_updates == running.num_updates == 20
+    for engine in (running, resumed):
+        _train(engine, 200 + rank)
+        found.append(("", {name: engine.whole(p) for name, p in engine.module.named_parameters()}))
     if rank == 0:
-        torch.save(found, out)
+        torch.save(found, folder / "found.pt")
+
+
+def _train(engine: Any, seed: int) -> None:
+    losses = engine(pseudo_masked_layout(random_batch(8, seed=seed), Objective.AE_PAR, mask_id=MASK))
+    engine.backward((losses.ae_sum + losses.par_sum) / 400)
+    engine.step()
 
 
 @pytest.mark.heavy
-def test_twenty_steps_are_those_of_deepspeeds_fused_adam(two_ranks: Ranks, tmp_path: Path) -> None:
+def test_twenty_steps_are_those_of_deepspeeds_fused_adam_and_its_checkpoint_is_resumed(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
     """DeepSpeed compiles its own at first use, for which this test needs a C++ compiler."""
     config = deepspeed_json(tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8, fp16=None)
-    two_ranks(_twenty_steps_of_each, config, tmp_path / "found.pt")
-    (ours, found), (deepspeeds, expected) = torch.load(tmp_path / "found.pt", weights_only=True)
+    two_ranks(_twenty_steps_of_each, config, tmp_path)
+    of_each = torch.load(tmp_path / "found.pt", weights_only=True)
+    (ours, found), (deepspeeds, expected), (_, continued), (_, resumed) = of_each
     assert (ours, deepspeeds) == ("AdamW", "FusedAdam")
     start = small_model().state_dict()
     moved = max(float((expected[name] - start[name]).abs().max()) for name in expected)
     assert moved > 1e-3
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-3 * moved)
+        torch.testing.assert_close(resumed[name], continued[name], rtol=0, atol=1e-3 * moved)
+
+
+def _two_steps_offloaded(rank: int, config: Path, out: Path) -> None:
+    from pretrain.engine import Engine
+
+    engine = Engine(small_model(), DeepSpeedConfig(config))
+    for step in range(2):
+        _train(engine, 10 * step + rank)
+    if rank == 0:
+        out.write_text(type(engine._optimizer.optimizer).__name__)
+    assert engine.num_updates == 2
+
+
+@pytest.mark.heavy
+def test_an_offloaded_optimizer_is_deepspeeds(two_ranks: Ranks, tmp_path: Path) -> None:
+    """It is compiled at its first use, for which this test needs a C++ compiler."""
+    config = deepspeed_json(
+        tmp_path / "ds.json", train_batch_size=16, train_micro_batch_size_per_gpu=8, fp16=None,
+        zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    )  # fmt: skip
+    two_ranks(_two_steps_offloaded, config, tmp_path / "optimizer")
+    assert (tmp_path / "optimizer").read_text() == "DeepSpeedCPUAdam"
 
 
 def _two_steps_of_each(rank: int, data: Path, out: Path) -> None:

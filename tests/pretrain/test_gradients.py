@@ -14,6 +14,8 @@ from pretrain.batches import Share, TrainingBatches
 from pretrain.layout import Layout, Objective
 from pretrain.model import PMLM, PMLMConfig
 
+pytestmark = pytest.mark.old_processor
+
 SCALE = 64.0
 """Of the loss, so that no gradient is too small for fp16."""
 

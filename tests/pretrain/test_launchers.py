@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from support import REPOSITORY, environment, free_port, run_command
+from support import PATIENCE_S, REPOSITORY, environment, free_port, run_command
 
 from data_prep.console import available_cores
-from pretrain.launchers import _LOCAL_SIZES, Place, find_place, own_address, tasks_per_node
+from pretrain.launchers import _LOCAL_SIZES, Place, find_place, hostfile_of, own_address, tasks_per_node
 
 TORCHRUN = {
     "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"
@@ -90,7 +91,7 @@ def test_ranks_started_by_hand_are_no_one_host_until_they_are_counted() -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
     assert [out for out, _ in outputs] == [f"2 {max(1, available_cores() // 2)}\n"] * 2, outputs
 
 
@@ -117,3 +118,30 @@ def test_tasks_per_node() -> None:
     assert tasks_per_node("8(x3),2") == [8, 8, 8, 2]
     with pytest.raises(ValueError, match="expected numbers as in"):
         tasks_per_node("8x3")
+
+
+@pytest.mark.parametrize(
+    ("command", "hostfile"),
+    [
+        ("deepspeed --hostfile hosts run_pretrain.py --deepspeed_config ds.json", "hosts"),
+        ("python /bin/deepspeed -H hosts run_pretrain.py", "hosts"),
+        ("python /bin/deepspeed --hostfile=my/hosts --num_nodes 2 run_pretrain.py", "my/hosts"),
+        ("deepspeed --num_accelerators 2 run_pretrain.py", None),
+        ("deepspeed train.py --hostfile mine", None),
+        ("deepspeed", None),
+    ],
+)
+def test_the_hostfile_of_a_deepspeed_command(command: str, hostfile: str | None) -> None:
+    assert hostfile_of(command.split()) == hostfile
+
+
+@pytest.mark.slow
+def test_a_hostfile_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed would train on this machine only."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from pretrain.launchers import take_place\ntry: print(take_place())\nexcept ValueError as error: print(error)\n"
+    )
+    command = ["deepspeed", "--quiet", f"--master_port={free_port()}", "--hostfile", "nohosts", str(program)]
+    done = run_command(command, PYTHONPATH=str(REPOSITORY))
+    assert "--hostfile nohosts: no such file; expected lines as: node1 slots=8" in done.stdout + done.stderr

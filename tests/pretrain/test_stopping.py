@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import REPOSITORY
+from support import PATIENCE_S, REPOSITORY
 
 from pretrain.stopping import REASONS, agreed_reason
 
@@ -19,7 +19,7 @@ import ctypes, sys, time
 from pretrain.stopping import Stopping, agreed_reason
 with Stopping(float(sys.argv[1])) as stopping:
     print("ready", flush=True)
-    while not stopping.is_asked:
+    while not any(stopping.vote()):
         time.sleep(0.01)
     print(agreed_reason(stopping.vote()), flush=True)
     if sys.argv[2:]:  # as inside a collective that hangs: no Python code runs in the main thread
@@ -45,7 +45,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def test_a_signal_is_noted_and_ends_nothing(number: int, reason: str) -> None:
     process = start("0")
     process.send_signal(number)
-    assert process.communicate(timeout=20)[0] == f"{reason}\n"
+    assert process.communicate(timeout=PATIENCE_S)[0] == f"{reason}\n"
     assert process.returncode == 0
 
 
@@ -57,14 +57,14 @@ def test_a_second_ctrl_c_leaves_at_once_even_out_of_a_hanging_collective() -> No
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.5)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
 
 
 def test_max_hours_counts_from_the_start_of_the_process() -> None:
     process = start(str(3 / 3600))
     started = psutil.Process(process.pid).create_time()
-    assert process.communicate(timeout=20)[0] == "--max_hours\n"
+    assert process.communicate(timeout=PATIENCE_S)[0] == "--max_hours\n"
     assert time.time() - started >= 3
 
 

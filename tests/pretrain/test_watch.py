@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support import assert_user_error, run_command
 
-from pretrain.metrics import METRICS, Metrics
-from pretrain.watch import Records, look
+from pretrain.metrics import METRICS, Metrics, Records
+from pretrain.watch import look
 
 STEP_S = 10.0
 
@@ -86,7 +86,7 @@ def test_records_are_followed_through_a_restart(tmp_path: Path) -> None:
         file.write('{"kind": "train", ')
         file.flush()
         assert steps() == [1, 2, 3]
-        file.write('"step": 4}\n')
+        file.write('"step": 4, "time": 1}\n')
         file.flush()
         assert steps() == [1, 2, 3, 4]
     metrics = Metrics(tmp_path, resumed_step=2)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from support import REPOSITORY, free_port
+from support import PATIENCE_S, REPOSITORY, free_port
 
 from pretrain.watchdog import RETRY_STATUS
 
@@ -65,7 +65,7 @@ def test_a_stopped_rank_is_named_by_the_others_which_end(
     ranks[victim].send_signal(signal.SIGSTOP)
     for rank, process in enumerate(ranks):
         if rank != victim:
-            output, log = process.communicate(timeout=40)
+            output, log = process.communicate(timeout=PATIENCE_S)
             assert process.returncode == RETRY_STATUS
             assert output.startswith(f"rank {rank}, in step "), output
             assert named in output
@@ -86,7 +86,7 @@ def test_a_job_that_is_suspended_and_continued_goes_on(ranks: list[subprocess.Po
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["stuck"], indirect=True)
 def test_a_rank_without_progress_ends_with_its_stacks(ranks: list[subprocess.Popen[str]]) -> None:
-    output, log = ranks[1].communicate(timeout=40)
+    output, log = ranks[1].communicate(timeout=PATIENCE_S)
     assert ranks[1].returncode == RETRY_STATUS
     assert output.startswith("rank 1, in step 9: no progress for 0.07 minutes; furthest behind: ")
     assert "rank 1, in step 9;" in output.partition("behind: ")[2]
@@ -108,5 +108,5 @@ def test_after_a_failed_collective_the_killed_rank_is_named(ranks: list[subproce
 @pytest.mark.parametrize("ranks", ["ended"], indirect=True)
 def test_a_rank_that_ends_for_a_reason_is_quoted(ranks: list[subprocess.Popen[str]]) -> None:
     for rank in (0, 2):
-        assert "rank 1 ended: ValueError: shard 7 is damaged; " in ranks[rank].communicate(timeout=60)[0]
+        assert "rank 1 ended: ValueError: shard 7 is damaged; " in ranks[rank].communicate(timeout=PATIENCE_S)[0]
         assert ranks[rank].returncode == RETRY_STATUS
