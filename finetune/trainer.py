@@ -50,13 +50,13 @@ MODEL, STATE, RESULT, CURVE = "model", "state.safetensors", "result.json", "lear
 _LOG_STEPS = 10
 _BASE_WIDTH, _WIDTH_EXPONENT = 768, 1.8
 _FEWEST_STEPS, _MOST_EPOCHS = 200, 40
-"""Of the default number of epochs; docs/results.md has the evidence for these and the exponent."""
+"""Of the default number of epochs. The exponent is that of a line through rates that worked: docs/finetuning.md."""
 _SMALLEST_LOSS_SCALE = 1.0
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a task is trained; the defaults are of the paper's grid for GLUE, for a model as wide as its (docs/results.md)."""
+    """How a task is trained; the defaults are of the paper's grid for GLUE, for a model as wide as its."""
 
     learning_rate: float | None = None
     """Peak learning rate of AdamW; by default the task's for a model 768 wide (2e-5; to write 7e-5), more for a narrower one."""
