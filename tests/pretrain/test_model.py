@@ -272,7 +272,10 @@ def test_nvidias_apex_is_recognised_by_what_it_contains(tmp_path: Path, monkeypa
     ("numbers", "fault"),
     [
         ({"num_heads": 5}, "hidden_size 128 is not a multiple of num_heads 5"),
-        ({"num_layers": 0, "dropout": 1.0}, "num_layers is 0, expected at least 1; dropout is 1.0"),
+        (
+            {"num_layers": 0, "dropout": 1.0},
+            "num_layers is 0, expected at least 1 and at most 1000000000; dropout is 1.0",
+        ),
         ({"relative_buckets": 6}, "relative_buckets is 6"),
     ],
 )
