@@ -75,6 +75,7 @@ def _predict(args: Any, processes: Processes) -> None:
 def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """Return the command line, and that of each command."""
     parser = ArgumentParser(prog="python -m finetune", description=__doc__, epilog=EPILOG)
+    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher, not used")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     made = {}
     of_each = {name: (module.__doc__, module.add_arguments, module.run) for name, module in _TASKS.items()}
@@ -85,7 +86,6 @@ def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         description, add_arguments, run = of_each[name]
         first_line = str(description).split("\n", 1)[0]
         sub = made[name] = commands.add_parser(name, help=first_line, description=description)
-        sub.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher, not used")
         add_arguments(sub)
         sub.set_defaults(run=run, prog=sub.prog)
     return parser, made

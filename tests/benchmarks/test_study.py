@@ -24,7 +24,7 @@ TRAINING = {"micro_batch_size": 8, "batch_size": 16, "learning_rate": 1e-3, "epo
 SIZES = Sizes(40, 10, 20)
 TASKS = (
     Classification("letters", "which letter", SIZES, TRAINING, ColumnSettings(), 32),
-    QuestionAnswering("spans", "which span", Sizes(8, 3, 4), TRAINING, 96),
+    QuestionAnswering("spans", "which span", Sizes(8, 3, 4), TRAINING, 100),
     Writing("titles", "which title", SIZES, TRAINING, Seq2SeqSettings(48, 16, num_beams=2)),
 )
 
